@@ -1,0 +1,1 @@
+"""Argosy's services: a gateway, inference replicas and, between them, only gRPC."""

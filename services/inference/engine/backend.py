@@ -1,0 +1,49 @@
+"""A forward pass over paged KV: the seam between `runner.py` and the ways to compute a model (tensors)."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(slots=True)
+class Batch:
+    """All tokens of a step in one packed row. T tokens of B sequences, M = longest block table, S selected rows.
+
+    `rows[b]:rows[b+1]` are sequence b's tokens; `lengths[b]` counts its tokens with this step's, so its queries start at
+    `lengths[b] - (rows[b+1] - rows[b])`. A token's KV goes to slot `block * BLOCK_SIZE + offset`.
+    """
+
+    tokens: torch.Tensor  # int64 [T]
+    positions: torch.Tensor  # int64 [T]
+    rows: torch.Tensor  # int32 [B + 1]
+    lengths: torch.Tensor  # int32 [B]
+    tables: torch.Tensor  # int32 [B, M]
+    slots: torch.Tensor  # int64 [T]
+    select: torch.Tensor  # int64 [S]: rows whose hidden state is wanted, in order
+
+
+class Backend(Protocol):
+    """One model on one device, with its KV pool."""
+
+    name: str  # "eager" or "fused"
+    vocabulary: int
+    context: int  # tokens
+    width: int  # of a hidden state
+    blocks: int
+    device: torch.device
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Write the KV of every token and return the final, normalised hidden states [S, width] of the selected rows."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Exact logits [S, vocabulary], float32, after any soft-capping."""
+        ...
+
+    def candidates(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The `count` largest logits of each row and their ids ([S, count] float32, int64; best first, ties to the lower id), exact.
+
+        None where the backend has no faster way than `logits`.
+        """
+        ...
