@@ -1,0 +1,57 @@
+# The table of contents of our commands. `make demo` and `make test` need python3.11+, make and git, and nothing else of ours.
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MODEL ?= default
+export MODEL
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo fleet test unit check protos bench bench-vllm bench-served clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Argosy needs Python 3.11 or later: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into $(VENV): a few minutes the first time"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	@command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || { \
+	  echo "No C compiler here: installing one from a wheel for the CPU kernels"; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ziglang; }
+	@touch $@
+
+setup: $(STAMP)  ## virtual environment with everything in it
+
+demo: $(STAMP)  ## start the fleet on real weights and show its main job
+	@$(BIN)/python -m services.demo
+
+fleet: $(STAMP)  ## the same fleet, staying up
+	@$(BIN)/python -m services.fleet
+
+test: $(STAMP) check unit  ## all checks and all tests: what CI runs
+
+unit: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## ruff, mypy, import contracts, buf lint and breaking, stub drift
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	@git rev-parse --verify -q main >/dev/null && git ls-tree main buf.yaml | grep -q . && $(BIN)/buf breaking --against '.git#branch=main' || echo "buf breaking: no main to compare with"
+	$(BIN)/python tools/gen_protos.py --check
+
+protos: $(STAMP)  ## format and lint the protos, regenerate the stubs
+	$(BIN)/buf format -w
+	$(BIN)/buf lint
+	$(BIN)/python tools/gen_protos.py
+
+bench: $(STAMP)  ## the engine against transformers generate()
+	$(BIN)/python benchmarks/engine.py
+
+clean:  ## remove what make made
+	rm -rf $(VENV) .venv-* build .mypy_cache .ruff_cache .pytest_cache
