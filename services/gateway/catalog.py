@@ -1,0 +1,68 @@
+"""Which model answers to which name: what the replicas say they serve, and what a key may see of it (pure)."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from services.chassis.errors import ModelCapability, ResourceNotFound
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model as a replica describes itself."""
+
+    name: str  # models/{m}
+    digest: str  # of weights and config, sha256 in hex: what is pinned at admission
+    context_tokens: int  # prompt and output together
+    capabilities: frozenset[str] = frozenset()  # ModelCapability without its prefix: "GENERATE", "EMBED"
+    description: bytes = b""  # the replica's argosy.v1.Model, unopened here
+
+
+class Catalog:
+    """Names to models. A name nobody serves, and one outside the key's list, look the same (A10)."""
+
+    def __init__(self) -> None:
+        self._replicas: dict[str, Served] = {}
+
+    def serves(self, replica: str, served: Served) -> None:
+        """A replica described itself. It keeps its place when it is unreachable for a while: a name does not come and go."""
+        self._replicas[replica] = served
+
+    def forget(self, replica: str) -> None:
+        """A replica left for good."""
+        self._replicas.pop(replica, None)
+
+    def resolve(self, name: str, allowed: Iterable[str] = (), *, field: str = "model") -> Served:
+        """The model that answers to `name` for a key whose list is `allowed` (empty: all).
+
+        Raises:
+            ResourceNotFound: nobody serves it, or the key may not see it.
+        """
+        served = self._by_name().get(name)
+        permitted = frozenset(allowed)
+        if served is None or (permitted and name not in permitted):
+            raise ResourceNotFound(field)
+        return served
+
+    def visible(self, allowed: Iterable[str] = ()) -> list[Served]:
+        """All models a key may see, by name."""
+        permitted = frozenset(allowed)
+        return [served for name, served in sorted(self._by_name().items()) if not permitted or name in permitted]
+
+    def replicas(self, digest: str) -> frozenset[str]:
+        """Names of the replicas that serve these weights."""
+        return frozenset(name for name, served in self._replicas.items() if served.digest == digest)
+
+    def _by_name(self) -> dict[str, Served]:
+        """While a new version rolls out two digests share a name: the one most replicas serve answers."""
+        counts = Counter((served.name, served.digest) for served in self._replicas.values())
+        best: dict[str, Served] = {}
+        for served in sorted(self._replicas.values(), key=lambda s: (counts[s.name, s.digest], s.digest)):
+            best[served.name] = served
+        return best
+
+
+def require(served: Served, capability: str, *, field: str = "model") -> None:
+    """Raise ModelCapability unless the model has `capability`."""
+    if capability not in served.capabilities:
+        raise ModelCapability(field, capability)
