@@ -1,0 +1,1 @@
+"""Stubs for Argosy's own services; never published."""

@@ -1,0 +1,1 @@
+"""The engine service: argosy.internal.engine.v1."""

@@ -1,0 +1,1 @@
+"""Administration: argosy.admin.v1."""

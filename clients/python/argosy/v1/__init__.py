@@ -1,0 +1,1 @@
+"""Stubs of package argosy.v1, generated from protos/public."""
