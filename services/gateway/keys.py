@@ -1,0 +1,124 @@
+"""What an API key is and how it is checked.
+
+A key reads `argosy_<env>_<keyid>_<secret>_<crc>`. The key id is the key's uid in base62; the secret holds 160 random bits or more;
+the crc lets scanners and this gateway drop a typo without a query. Stored are the uid and HMAC-SHA-256(pepper, secret): the secret
+is random, so a slow hash would protect nothing and let anyone burn our CPU.
+"""
+
+import hashlib
+import hmac
+import re
+import secrets
+import string
+import zlib
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
+KEY_ID_CHARS = 22  # 62^22 > 2^128
+SECRET_CHARS = 32  # 190 bits
+CRC_CHARS = 6  # 62^6 > 2^32
+MAX_TOKEN_CHARS = 128
+PEPPER_BYTES = 32
+
+_SHAPE = re.compile(rf"(argosy_[a-z]{{1,16}}_([0-9A-Za-z]{{{KEY_ID_CHARS}}})_([0-9A-Za-z]{{27,64}}))_([0-9A-Za-z]{{{CRC_CHARS}}})")
+_VALUE = {char: value for value, char in enumerate(BASE62)}
+
+
+@dataclass(frozen=True)
+class Presented:
+    """A well-formed key as a caller sent it; nothing is proved yet."""
+
+    uid: str
+    secret: bytes
+
+
+@dataclass(frozen=True)
+class KeyRecord:
+    """A key as the store holds it, with what its project lends it."""
+
+    uid: str
+    project_uid: str
+    project: str
+    live: bool  # key ACTIVE and unexpired, project ACTIVE, by the database's clock
+    macs: tuple[bytes, ...]  # the secret's, and during a rotation's overlap the one before
+    scopes: frozenset[str]
+    models: tuple[str, ...]  # empty: all
+    output_token_ceiling: int | None
+    kv_scope: str
+
+
+@dataclass(frozen=True)
+class Minted:
+    """A new key: `token` is shown once, `mac` is stored."""
+
+    uid: str
+    token: str
+    mac: bytes
+
+
+def _base62(number: int, width: int) -> str:
+    chars = []
+    for _ in range(width):
+        number, digit = divmod(number, 62)
+        chars.append(BASE62[digit])
+    return "".join(reversed(chars))
+
+
+def _crc(text: str) -> str:
+    return _base62(zlib.crc32(text.encode()), CRC_CHARS)
+
+
+def mint(uid: str, environment: str, pepper: bytes) -> Minted:
+    """Make a key for the UUID `uid`; minting again for the same uid makes a new secret (rotation)."""
+    secret = "".join(secrets.choice(BASE62) for _ in range(SECRET_CHARS))
+    body = f"argosy_{environment}_{_base62(UUID(uid).int, KEY_ID_CHARS)}_{secret}"
+    return Minted(uid, f"{body}_{_crc(body)}", mac_of(secret.encode(), pepper))
+
+
+def parse(token: str) -> Presented | None:
+    """The parts of a well-formed key whose crc fits, else None. Costs no query."""
+    if len(token) > MAX_TOKEN_CHARS or not (match := _SHAPE.fullmatch(token)):
+        return None
+    body, key_id, secret, crc = match.groups()
+    number = 0
+    for char in key_id:
+        number = number * 62 + _VALUE[char]
+    if crc != _crc(body) or number >> 128:
+        return None
+    return Presented(str(UUID(int=number)), secret.encode())
+
+
+def mac_of(secret: bytes, pepper: bytes) -> bytes:
+    """32 bytes: what the store keeps instead of the secret."""
+    return hmac.digest(pepper, secret, "sha256")
+
+
+def fingerprint(token: str) -> bytes:
+    """32 bytes that name a whole token in a cache; a prefix must never find another key's entry."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+_NOBODY = (bytes(32), bytes(32))  # compared when the uid is unknown; no secret has this mac
+
+
+def proves(presented: Presented, record: KeyRecord | None, pepper: bytes) -> bool:
+    """Whether the secret belongs to the record and the record is live. The same work is done for every answer."""
+    mac = mac_of(presented.secret, pepper)
+    known = record.macs if record is not None and record.macs else _NOBODY
+    first = hmac.compare_digest(mac, known[0])
+    second = hmac.compare_digest(mac, known[-1])
+    return (first | second) & (record is not None and record.live)
+
+
+def within(asked_scopes: frozenset[str], asked_models: tuple[str, ...], asked_expiry: datetime | None, minter: KeyRecord,
+           minter_expiry: datetime | None) -> str | None:  # fmt: skip
+    """The field in which a key asked for would exceed its minter, or None if it stays below (CVE-2026-47101)."""
+    if not asked_scopes <= minter.scopes:
+        return "scopes"
+    if minter.models and (not asked_models or not set(asked_models) <= set(minter.models)):
+        return "models"
+    if minter_expiry is not None and (asked_expiry is None or asked_expiry > minter_expiry):
+        return "expire_time"
+    return None

@@ -1,0 +1,309 @@
+"""PostgreSQL as the gateway uses it: one pool for the hot statements, one for transactions, and the migrations.
+
+Everything waits at most `STATEMENT_SECONDS`. A connection whose statement was cancelled or timed out is closed, never given back: its
+next reader would get the answer to the last question (L2).
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import alembic.command
+import alembic.config
+import alembic.script
+import asyncpg
+import sqlalchemy.exc
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from services.chassis.errors import StoreUnavailable
+from services.gateway import keys
+from services.gateway.access import SCOPES
+from services.gateway.keys import KeyRecord
+
+log = logging.getLogger(__name__)
+
+STATEMENT_SECONDS = 2.0
+CONNECT_SECONDS = 2.0
+MIGRATION_LOCK = 0x4152474F5359  # any number that only we use
+PLATFORM_PROJECT = "platform"
+
+_SERVER_SETTINGS = {
+    "application_name": "argosy-gateway",
+    "statement_timeout": f"{STATEMENT_SECONDS * 1000:.0f}",
+    "idle_in_transaction_session_timeout": "10000",
+    "tcp_user_timeout": "5000",
+    "timezone": "UTC",
+    "jit": "off",
+}
+# Classes of SQLSTATE that speak of the server, not of the statement: connection, credentials, resources, operator, system, rollback.
+_DOWN_CLASSES = {"08", "28", "40", "53", "55", "57", "58", "XX"}
+_READ_ONLY = "25006"  # a primary that has become a standby
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """How the gateway reaches its database (`ARGOSY_…`)."""
+
+    database_url: str = ""  # postgresql://…; empty: the fleet's embedded server
+    database_connections: int = field(default=8, metadata={"minimum": 2, "maximum": 64})  # hot statements; as many again / 2 for the rest
+
+
+def down(error: BaseException) -> bool:
+    """Whether an error of the driver means that the store cannot answer now, rather than that it refused."""
+    if isinstance(error, sqlalchemy.exc.DBAPIError):
+        state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+        return error.connection_invalidated or state is None or state[:2] in _DOWN_CLASSES or state == _READ_ONLY
+    if isinstance(error, asyncpg.PostgresError):
+        state = error.sqlstate or ""
+        return state[:2] in _DOWN_CLASSES or state == _READ_ONLY
+    return isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.InternalClientError | sqlalchemy.exc.TimeoutError)
+
+
+async def _as_it_was(_: object) -> None:
+    """Nothing to reset: the pool's statements leave no state in the session, and a reset would cost each a second round trip."""
+
+
+class HotPool:
+    """Prepared single statements, each its own transaction and one round trip."""
+
+    def __init__(self, dsn: str, connections: int) -> None:
+        self._pool = asyncpg.create_pool(
+            dsn,
+            min_size=0,  # so that the gateway starts while the database is away
+            max_size=connections,
+            timeout=CONNECT_SECONDS,
+            max_inactive_connection_lifetime=300.0,
+            server_settings=_SERVER_SETTINGS,
+            reset=_as_it_was,
+        )
+
+    async def open(self) -> None:
+        await self._pool
+
+    async def rows(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
+        """Run one statement.
+
+        Raises:
+            StoreUnavailable: no connection or no answer in time; the statement may or may not have been applied.
+        """
+        try:
+            async with self._pool.acquire(timeout=STATEMENT_SECONDS) as connection:
+                try:
+                    return await connection.fetch(statement, *arguments, timeout=STATEMENT_SECONDS + 0.5)
+                except asyncpg.PostgresError:
+                    raise  # the server has answered: the connection is at rest
+                except BaseException:
+                    connection.terminate()
+                    raise
+        except Exception as error:
+            if down(error):
+                raise StoreUnavailable from error
+            raise
+
+    async def close(self) -> None:
+        self._pool.terminate()  # whoever still waits gets an error; settlements were awaited before
+
+
+class Store:
+    """The gateway's tables. Opened by `open_store`."""
+
+    def __init__(self, engine: AsyncEngine, hot: HotPool, dsn: str, pepper: bytes) -> None:
+        self.hot = hot
+        self.pepper = pepper
+        self.ready = asyncio.Event()  # migrations are done
+        self._engine = engine
+        self._dsn = dsn
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """One transaction, committed at the end of the block.
+
+        Raises:
+            StoreUnavailable: the database is away, slow or full; nothing was acknowledged.
+            sqlalchemy.exc.IntegrityError: a rule of the schema was broken; the caller names it.
+        """
+        try:
+            async with self._engine.begin() as connection:
+                yield connection
+        except (sqlalchemy.exc.SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            if down(error):
+                raise StoreUnavailable from error
+            raise
+
+    async def key(self, uid: str) -> KeyRecord | None:
+        """The key of this uid, dead or alive, judged by the database's clock."""
+        found = await self.hot.rows(_KEY, uid)
+        if not found:
+            return None
+        row = found[0]
+        return KeyRecord(
+            uid=str(row["uid"]),
+            project_uid=str(row["project_uid"]),
+            project=row["project"],
+            live=row["live"],
+            macs=(row["mac"], row["previous_mac"]) if row["overlap"] else (row["mac"],),
+            scopes=frozenset(row["scopes"]) & SCOPES,
+            models=tuple(row["models"]),
+            output_token_ceiling=row["ceiling"],
+            kv_scope=row["kv_secret"].hex(),
+        )
+
+    async def dead_keys(self, uids: Sequence[str]) -> set[str]:
+        """Those of `uids` that may no longer be used."""
+        alive = {str(row["uid"]) for row in await self.hot.rows(_ALIVE, list(uids))}
+        return set(uids) - alive
+
+    async def listen(self, changed: Callable[[], None]) -> None:
+        """Call `changed` whenever a key or project was changed, for as long as a connection lasts; returns when it breaks."""
+        broken = asyncio.Event()
+        try:
+            connection = await asyncpg.connect(self._dsn, timeout=CONNECT_SECONDS, server_settings=_SERVER_SETTINGS)
+        except Exception as error:
+            if down(error):
+                raise StoreUnavailable from error
+            raise
+        try:
+            connection.add_termination_listener(lambda _: broken.set())
+            await connection.add_listener("argosy_keys", lambda *_: changed())
+            await broken.wait()
+        finally:
+            connection.terminate()
+
+
+_LIVE = """k.state = 'ACTIVE' AND p.state = 'ACTIVE' AND (k.expire_time IS NULL OR k.expire_time > clock_timestamp())"""
+_KEY = f"""
+    SELECT k.uid, k.project_uid, p.name AS project, p.kv_secret, {_LIVE} AS live, k.mac, k.previous_mac, k.scopes, k.models,
+        k.previous_mac IS NOT NULL AND k.previous_expire_time > clock_timestamp() AS overlap,
+        least(k.output_token_ceiling, q.output_token_ceiling) AS ceiling
+    FROM api_keys k JOIN projects p ON p.uid = k.project_uid LEFT JOIN quota_policies q ON q.project_uid = p.uid
+    WHERE k.uid = $1
+"""
+_ALIVE = f"SELECT k.uid FROM api_keys k JOIN projects p ON p.uid = k.project_uid WHERE k.uid = ANY($1) AND {_LIVE}"
+
+
+def migrate(connection: Any) -> None:
+    """Bring the schema to this release's version, on a synchronous connection inside a transaction; one gateway at a time does it."""
+    connection.execute(text("SELECT set_config('statement_timeout', '0', true)"))
+    connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    known = {revision.revision for revision in alembic.script.ScriptDirectory.from_config(config).walk_revisions()}
+    if connection.execute(text("SELECT to_regclass('schema_version')")).scalar() is not None:
+        present = connection.execute(text("SELECT version_num FROM schema_version")).scalar()
+        if present is not None and present not in known:
+            return  # a later release has expanded it; we still fit (F33)
+    alembic.command.upgrade(config, "head")
+
+
+async def _until_migrated(store: Store, engine: AsyncEngine) -> None:
+    pause_s = 0.1
+    while True:
+        try:
+            async with engine.begin() as connection:
+                await connection.run_sync(migrate)
+        except (sqlalchemy.exc.SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            if not down(error):
+                raise
+            log.warning("the database is away; next try in %.1f s", pause_s)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2.0, pause_s * 2)
+        else:
+            store.ready.set()
+            return
+
+
+@asynccontextmanager
+async def open_store(settings: StoreSettings, pepper: bytes, *, wait: bool = False) -> AsyncIterator[Store]:
+    """Open the pools and migrate in the background, trying again until the database is there; `store.ready` says when.
+
+    Args:
+        settings: where the database is.
+        pepper: the secret of `keys.mac_of`, 32 bytes.
+        wait: return only when the schema is ready.
+    """
+    url = make_url(settings.database_url).set(drivername="postgresql+asyncpg")
+    dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    engine = create_async_engine(
+        url,
+        pool_size=max(1, settings.database_connections // 2),
+        max_overflow=0,
+        pool_timeout=STATEMENT_SECONDS,
+        pool_pre_ping=False,
+        connect_args={"timeout": CONNECT_SECONDS, "command_timeout": STATEMENT_SECONDS + 0.5, "server_settings": _SERVER_SETTINGS},
+    )
+    hot = HotPool(dsn, settings.database_connections)
+    store = Store(engine, hot, dsn, pepper)
+    await hot.open()
+    migrating = asyncio.create_task(_until_migrated(store, engine))
+    try:
+        if wait:
+            await migrating
+        yield store
+    finally:
+        migrating.cancel()
+        await asyncio.gather(migrating, return_exceptions=True)
+        await hot.close()
+        await engine.dispose()
+
+
+async def bootstrap(store: Store, kept: Path | None = None, environment: str = "live") -> str:
+    """Make the platform project and its key, if there are none, and return the key.
+
+    Args:
+        store: with its schema ready.
+        kept: a file, mode 0600, where the key is kept between starts: the store cannot tell it again.
+        environment: goes into the key's text.
+
+    Returns:
+        The key; empty if one exists and `kept` does not hold it. With `kept`, a lost file is answered by a new key.
+    """
+    held = kept.read_text().strip() if kept is not None and kept.exists() else ""
+    if held and (presented := keys.parse(held)) and keys.proves(presented, await store.key(presented.uid), store.pepper):
+        return held
+    async with store.transaction() as connection:
+        await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+        project = (
+            await connection.execute(
+                text("SELECT uid FROM projects WHERE name = :name AND state <> 'DELETED'"), {"name": PLATFORM_PROJECT}
+            )
+        ).scalar()
+        if project is None:
+            project = str(uuid4())
+            await connection.execute(
+                text("INSERT INTO projects (uid, name, display_name, kv_secret) VALUES (:uid, :name, 'Platform', :secret)"),
+                {"uid": project, "name": PLATFORM_PROJECT, "secret": os.urandom(32)},
+            )
+            await connection.execute(text("INSERT INTO quota_policies (project_uid) VALUES (:uid)"), {"uid": project})
+        elif kept is None and (
+            await connection.execute(
+                text("SELECT 1 FROM api_keys WHERE project_uid = :uid AND 'platform' = ANY(scopes) AND state = 'ACTIVE' LIMIT 1"),
+                {"uid": project},
+            )
+        ).scalar():
+            return ""
+        minted = keys.mint(str(uuid4()), environment, store.pepper)
+        await connection.execute(
+            text("INSERT INTO api_keys (project_uid, uid, display_name, mac, scopes) VALUES (:project, :uid, 'bootstrap', :mac, :scopes)"),
+            {"project": project, "uid": minted.uid, "mac": minted.mac, "scopes": sorted(SCOPES)},
+        )
+        if kept is not None:
+            _keep(kept, minted.token)
+    return minted.token
+
+
+def _keep(file: Path, token: str) -> None:
+    fresh = file.with_name(file.name + ".new")
+    fresh.unlink(missing_ok=True)
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
+        handle.write(token)
+    fresh.rename(file)
