@@ -575,7 +575,7 @@ class GetCallerRequest(_message.Message):
 Global___GetCallerRequest: _TypeAlias = GetCallerRequest  # noqa: Y015
 
 @_typing.final
-class Caller(_message.Message):
+class GetCallerResponse(_message.Message):
     """Who is asking."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -622,4 +622,4 @@ class Caller(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Caller: _TypeAlias = Caller  # noqa: Y015
+Global___GetCallerResponse: _TypeAlias = GetCallerResponse  # noqa: Y015

@@ -83,7 +83,7 @@ class ApiKeyServiceStub:
         self.GetCaller = channel.unary_unary(
                 '/argosy.admin.v1.ApiKeyService/GetCaller',
                 request_serializer=argosy_dot_admin_dot_v1_dot_api__key__pb2.GetCallerRequest.SerializeToString,
-                response_deserializer=argosy_dot_admin_dot_v1_dot_api__key__pb2.Caller.FromString,
+                response_deserializer=argosy_dot_admin_dot_v1_dot_api__key__pb2.GetCallerResponse.FromString,
                 _registered_method=True)
 
 
@@ -212,7 +212,7 @@ def add_ApiKeyServiceServicer_to_server(servicer, server):
             'GetCaller': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCaller,
                     request_deserializer=argosy_dot_admin_dot_v1_dot_api__key__pb2.GetCallerRequest.FromString,
-                    response_serializer=argosy_dot_admin_dot_v1_dot_api__key__pb2.Caller.SerializeToString,
+                    response_serializer=argosy_dot_admin_dot_v1_dot_api__key__pb2.GetCallerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -485,7 +485,7 @@ class ApiKeyService:
             target,
             '/argosy.admin.v1.ApiKeyService/GetCaller',
             argosy_dot_admin_dot_v1_dot_api__key__pb2.GetCallerRequest.SerializeToString,
-            argosy_dot_admin_dot_v1_dot_api__key__pb2.Caller.FromString,
+            argosy_dot_admin_dot_v1_dot_api__key__pb2.GetCallerResponse.FromString,
             options,
             channel_credentials,
             insecure,

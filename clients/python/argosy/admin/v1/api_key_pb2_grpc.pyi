@@ -51,7 +51,7 @@ class ApiKeyServiceStub:
     """Refuses the key as DisableApiKey does and forgets it 30 days later."""
     UndeleteApiKey: _grpc.UnaryUnaryMultiCallable[_api_key_pb2.UndeleteApiKeyRequest, _api_key_pb2.ApiKey]
     """Brings a deleted key back, DISABLED, while it is still known."""
-    GetCaller: _grpc.UnaryUnaryMultiCallable[_api_key_pb2.GetCallerRequest, _api_key_pb2.Caller]
+    GetCaller: _grpc.UnaryUnaryMultiCallable[_api_key_pb2.GetCallerRequest, _api_key_pb2.GetCallerResponse]
     """Who is asking: any key's own project, scopes and limits."""
 
 @_typing.type_check_only
@@ -77,7 +77,7 @@ class ApiKeyServiceAsyncStub(ApiKeyServiceStub):
     """Refuses the key as DisableApiKey does and forgets it 30 days later."""
     UndeleteApiKey: _aio.UnaryUnaryMultiCallable[_api_key_pb2.UndeleteApiKeyRequest, _api_key_pb2.ApiKey]  # type: ignore[assignment]
     """Brings a deleted key back, DISABLED, while it is still known."""
-    GetCaller: _aio.UnaryUnaryMultiCallable[_api_key_pb2.GetCallerRequest, _api_key_pb2.Caller]  # type: ignore[assignment]
+    GetCaller: _aio.UnaryUnaryMultiCallable[_api_key_pb2.GetCallerRequest, _api_key_pb2.GetCallerResponse]  # type: ignore[assignment]
     """Who is asking: any key's own project, scopes and limits."""
 
 class ApiKeyServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -160,7 +160,7 @@ class ApiKeyServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _api_key_pb2.GetCallerRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_api_key_pb2.Caller, _abc.Awaitable[_api_key_pb2.Caller]]:
+    ) -> _typing.Union[_api_key_pb2.GetCallerResponse, _abc.Awaitable[_api_key_pb2.GetCallerResponse]]:
         """Who is asking: any key's own project, scopes and limits."""
 
 def add_ApiKeyServiceServicer_to_server(servicer: ApiKeyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
