@@ -44,11 +44,13 @@ check: $(STAMP)  ## ruff, mypy, import contracts, buf lint and breaking, stub dr
 	$(BIN)/buf format --diff --exit-code
 	@git rev-parse --verify -q main >/dev/null && git ls-tree main buf.yaml | grep -q . && $(BIN)/buf breaking --against '.git#branch=main' || echo "buf breaking: no main to compare with"
 	$(BIN)/python tools/gen_protos.py --check
+	$(BIN)/python tools/gen_sync_client.py --check
 
 protos: $(STAMP)  ## format and lint the protos, regenerate the stubs
 	$(BIN)/buf format -w
 	$(BIN)/buf lint
 	$(BIN)/python tools/gen_protos.py
+	$(BIN)/python tools/gen_sync_client.py
 
 bench: $(STAMP)  ## the engine against transformers generate()
 	$(BIN)/python benchmarks/engine.py

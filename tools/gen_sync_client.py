@@ -11,7 +11,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent / "clients" / "python" / "argosy"
 HEADER = '"""The blocking client. Made from aio.py by tools/gen_sync_client.py: edit that file, then run `make protos`.\n'
 WORDS = (
-    (r"\A\"\"\".*?\n", HEADER),
     (r"`client\.py` is made from this file by tools/gen_sync_client\.py: edit here, then run `make protos`\.\n\n", ""),
     (r"\basync (def|for|with)\b", r"\1"),
     (r"\bawait ", ""),
@@ -23,14 +22,15 @@ WORDS = (
     (r"__a(enter|exit|iter)__", r"__\1__"),
     (r"\baclose\b", "close"),
     (r"\bopen_aio\b", "open"),
+    (r"\bclose\(None\)", "close()"),
 )
 
 
 def made() -> str:
     """The blocking client's text, formatted."""
-    text = (HERE / "aio.py").read_text()
+    text = HEADER + (HERE / "aio.py").read_text().split("\n", 1)[1]
     for pattern, replacement in WORDS:
-        text = re.sub(pattern, replacement, text, count=1 if pattern.startswith(r"\A") else 0, flags=re.DOTALL if pattern.startswith(r"\A") else 0)
+        text = re.sub(pattern, replacement, text)
     for command in (("check", "--fix-only", "--select", "I", "--quiet"), ("format", "--quiet")):
         text = subprocess.run(
             [sys.executable, "-m", "ruff", *command, "--stdin-filename", str(HERE / "client.py"), "-"],

@@ -1,0 +1,18 @@
+"""Argosy for Python: ask a model on your own fleet, and see what it cost.
+
+    import argosy
+
+    with argosy.Client() as client:  # ARGOSY_ADDRESS and ARGOSY_API_KEY say where and who
+        print(client.generate("Once upon a time").outputs[0].text)
+
+`Client` blocks, `AsyncClient` is for asyncio; both have the same methods and answer the messages of `argosy.v1`. Errors are the types of
+`argosy.errors`.
+"""
+
+from argosy.aio import AsyncClient, AsyncGenerationStream
+from argosy.channel import Target
+from argosy.client import Client, GenerationStream
+from argosy.errors import ArgosyError
+from argosy.requests import config
+
+__all__ = ["ArgosyError", "AsyncClient", "AsyncGenerationStream", "Client", "GenerationStream", "Target", "config"]

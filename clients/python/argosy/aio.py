@@ -1,0 +1,421 @@
+"""The asyncio client. `client.py` is made from this file by tools/gen_sync_client.py: edit here, then run `make protos`.
+
+Every call has a deadline, carries a request id, fails with a type from `argosy.errors`, and is repeated only where the fleet makes that
+safe (see `channel.py`). A stream is cancelled when its block is left, by whatever way.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from argosy import requests
+from argosy.admin.v1 import (
+    api_key_pb2,
+    api_key_pb2_grpc,
+    project_pb2,
+    project_pb2_grpc,
+    quota_pb2,
+    quota_pb2_grpc,
+    usage_pb2,
+    usage_pb2_grpc,
+)
+from argosy.channel import Target
+from argosy.errors import from_rpc
+from argosy.streams import Fold
+from argosy.v1 import (
+    config_pb2,
+    content_pb2,
+    embedding_pb2,
+    embedding_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    language_pb2,
+    language_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    stream_pb2,
+)
+
+Reply = TypeVar("Reply")
+UNARY_TIMEOUT_S = 60.0
+STREAM_TIMEOUT_S = 300.0  # the fleet's cap
+
+
+class AsyncGenerationStream:
+    """A generation as it is written. Use it in a `with` block: leaving the block ends the generation in the engine.
+
+    Iterating gives the text of the first output as it comes; `events()` gives every event; `result` is the whole after the end.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._fold = Fold()
+        self._result: stream_pb2.GenerationResult | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._call.cancel()  # after a normal end this does nothing
+
+    async def events(self) -> AsyncIterator[stream_pb2.GenerationEvent]:
+        """Every event, in order. Raises ArgosyError; StreamLost where the stream breaks after its start."""
+        try:
+            async for event in self._call:
+                self._fold.add(event)
+                yield event
+        except grpc.RpcError as error:
+            raise from_rpc(error) from None
+        self._result = self._fold.result()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for event in self.events():
+            if event.WhichOneof("event") == "text" and event.text.index == 0 and event.text.text:
+                yield event.text.text
+
+    @property
+    def result(self) -> stream_pb2.GenerationResult:
+        """What the unary twin would have answered. Raises ValueError before the end."""
+        if self._result is None:
+            raise ValueError("the stream has not ended: read it to its end first")
+        return self._result
+
+
+class AsyncClient:
+    """One connection to a fleet. `model` is what calls use that name none.
+
+    Unset arguments come from ARGOSY_ADDRESS, ARGOSY_API_KEY, ARGOSY_CA. Replies are the messages of argosy.v1, typed and complete: text,
+    probabilities, the model that answered, and what was charged.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        api_key: str | None = None,
+        *,
+        ca: Path | None = None,
+        model: str = "",
+        timeout_s: float = UNARY_TIMEOUT_S,
+    ) -> None:
+        given: dict[str, Any] = {"address": address, "api_key": api_key, "ca": ca}
+        self._target = Target(**{name: value for name, value in given.items() if value is not None})
+        self.model = model
+        self.timeout_s = timeout_s
+        self._channel = self._target.open_aio()
+        self.generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self.language = language_pb2_grpc.LanguageServiceStub(self._channel)
+        self.embedding = embedding_pb2_grpc.EmbeddingServiceStub(self._channel)
+        self.model_service = model_pb2_grpc.ModelServiceStub(self._channel)
+        self.project_service = project_pb2_grpc.ProjectServiceStub(self._channel)
+        self.api_key_service = api_key_pb2_grpc.ApiKeyServiceStub(self._channel)
+        self.quota_service = quota_pb2_grpc.QuotaServiceStub(self._channel)
+        self.usage_service = usage_pb2_grpc.UsageServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        await self._channel.close(None)
+
+    async def call(self, method: Callable[..., Awaitable[Reply]], request: Any, *, timeout_s: float | None = None) -> Reply:
+        """Any unary method of a stub above, with this client's deadline, credential and errors."""
+        try:
+            return await method(request, timeout=timeout_s or self.timeout_s, metadata=self._target.metadata)
+        except grpc.RpcError as error:
+            raise from_rpc(error) from None
+
+    def _stream(self, method: Any, request: Any, timeout_s: float | None) -> AsyncGenerationStream:
+        return AsyncGenerationStream(method(request, timeout=timeout_s or STREAM_TIMEOUT_S, metadata=self._target.metadata))
+
+    # Generation
+
+    async def generate(
+        self, prompt: str, *, model: str | None = None, config: config_pb2.GenerationConfig | None = None, timeout_s: float | None = None
+    ) -> stream_pb2.GenerationResult:
+        """Continue a raw prompt."""
+        request = generation_pb2.GenerateTextRequest(
+            model=model or self.model, request_id=requests.request_id(), prompt=prompt, config=config
+        )
+        return await self.call(self.generation.GenerateText, request, timeout_s=timeout_s)
+
+    def stream_generate(
+        self, prompt: str, *, model: str | None = None, config: config_pb2.GenerationConfig | None = None, timeout_s: float | None = None
+    ) -> AsyncGenerationStream:
+        """Continue a raw prompt, as it is written."""
+        request = generation_pb2.GenerateTextRequest(
+            model=model or self.model, request_id=requests.request_id(), prompt=prompt, config=config
+        )
+        return self._stream(self.generation.StreamGenerateText, request, timeout_s)
+
+    async def chat(
+        self,
+        messages: str | Iterable[requests.Message],
+        *,
+        model: str | None = None,
+        config: config_pb2.GenerationConfig | None = None,
+        tools: Iterable[content_pb2.ToolDeclaration] = (),
+        timeout_s: float | None = None,
+    ) -> stream_pb2.GenerationResult:
+        """The assistant's next turn."""
+        request = requests.chat(messages, model or self.model, config, tools)
+        return await self.call(self.generation.Chat, request, timeout_s=timeout_s)
+
+    def stream_chat(
+        self,
+        messages: str | Iterable[requests.Message],
+        *,
+        model: str | None = None,
+        config: config_pb2.GenerationConfig | None = None,
+        tools: Iterable[content_pb2.ToolDeclaration] = (),
+        timeout_s: float | None = None,
+    ) -> AsyncGenerationStream:
+        """The assistant's next turn, as it is written."""
+        return self._stream(self.generation.StreamChat, requests.chat(messages, model or self.model, config, tools), timeout_s)
+
+    async def count_tokens(self, prompt: str, *, model: str | None = None) -> generation_pb2.CountTokensResponse:
+        """Tokens of a prompt, and the room that is left for an answer."""
+        request = generation_pb2.CountTokensRequest(model=model or self.model, prompt=prompt)
+        return await self.call(self.generation.CountTokens, request)
+
+    async def tokenize(self, text: str, *, model: str | None = None) -> generation_pb2.TokenizeResponse:
+        """The tokens of a text: ids, raw bytes, spans."""
+        request = generation_pb2.TokenizeRequest(model=model or self.model, text=text)
+        return await self.call(self.generation.Tokenize, request)
+
+    # Language
+
+    async def classify(
+        self,
+        texts: str | Sequence[str],
+        labels: Sequence[str] = (),
+        *,
+        instruction: str = "",
+        multi_label: bool = False,
+        top_k: int | None = None,
+        model: str | None = None,
+        timeout_s: float | None = None,
+    ) -> language_pb2.ClassifyTextResponse:
+        """Labels with probabilities, best first, for each text. Without `labels`, those the model was tuned on."""
+        request = language_pb2.ClassifyTextRequest(
+            model=model or self.model,
+            request_id=requests.request_id(),
+            texts=[texts] if isinstance(texts, str) else texts,
+            multi_label=multi_label,
+            top_k=top_k,
+        )
+        if labels:
+            request.zero_shot.labels.extend(labels)
+            request.zero_shot.instruction = instruction
+        return await self.call(self.language.ClassifyText, request, timeout_s=timeout_s)
+
+    async def sentiment(
+        self, texts: str | Sequence[str], *, model: str | None = None, timeout_s: float | None = None
+    ) -> language_pb2.ClassifyTextResponse:
+        """Positive, neutral or negative, with probabilities, for each text."""
+        request = language_pb2.ClassifyTextRequest(
+            model=model or self.model,
+            request_id=requests.request_id(),
+            texts=[texts] if isinstance(texts, str) else texts,
+            preset=language_pb2.LABEL_PRESET_SENTIMENT,
+        )
+        return await self.call(self.language.ClassifyText, request, timeout_s=timeout_s)
+
+    def _summarize_request(
+        self,
+        documents: str | Sequence[str],
+        model: str | None,
+        instruction: str,
+        min_length: int | None,
+        max_length: int | None,
+        config: config_pb2.GenerationConfig | None,
+    ) -> language_pb2.SummarizeTextRequest:
+        return language_pb2.SummarizeTextRequest(
+            model=model or self.model,
+            request_id=requests.request_id(),
+            documents=[documents] if isinstance(documents, str) else documents,
+            instruction=instruction,
+            min_length=min_length,
+            max_length=max_length,
+            config=config,
+        )
+
+    async def summarize(
+        self,
+        documents: str | Sequence[str],
+        *,
+        instruction: str = "",
+        min_length: int | None = None,
+        max_length: int | None = None,
+        model: str | None = None,
+        config: config_pb2.GenerationConfig | None = None,
+        timeout_s: float | None = None,
+    ) -> stream_pb2.GenerationResult:
+        """One summary of the documents, between `min_length` and `max_length` model tokens."""
+        request = self._summarize_request(documents, model, instruction, min_length, max_length, config)
+        return await self.call(self.language.SummarizeText, request, timeout_s=timeout_s)
+
+    def stream_summarize(
+        self,
+        documents: str | Sequence[str],
+        *,
+        instruction: str = "",
+        min_length: int | None = None,
+        max_length: int | None = None,
+        model: str | None = None,
+        config: config_pb2.GenerationConfig | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerationStream:
+        """`summarize`, as it is written."""
+        request = self._summarize_request(documents, model, instruction, min_length, max_length, config)
+        return self._stream(self.language.StreamSummarizeText, request, timeout_s)
+
+    async def translate(
+        self,
+        texts: str | Sequence[str],
+        target_language: str,
+        *,
+        source_language: str = "",
+        model: str | None = None,
+        config: config_pb2.GenerationConfig | None = None,
+        timeout_s: float | None = None,
+    ) -> stream_pb2.GenerationResult:
+        """Each text in the target language (BCP 47, as `fr`); output i belongs to text i. An empty source is detected."""
+        request = language_pb2.TranslateTextRequest(
+            model=model or self.model,
+            request_id=requests.request_id(),
+            texts=[texts] if isinstance(texts, str) else texts,
+            source_language=source_language,
+            target_language=target_language,
+            config=config,
+        )
+        return await self.call(self.language.TranslateText, request, timeout_s=timeout_s)
+
+    async def answer(
+        self,
+        question: str,
+        passages: str | Iterable[str] | Mapping[str, str],
+        *,
+        generative: bool = False,
+        top_k: int | None = None,
+        model: str | None = None,
+        config: config_pb2.GenerationConfig | None = None,
+        timeout_s: float | None = None,
+    ) -> language_pb2.AnswerQuestionResponse:
+        """Spans of the passages that answer the question, or with `generative` an answer in the model's own words."""
+        request = language_pb2.AnswerQuestionRequest(
+            model=model or self.model,
+            request_id=requests.request_id(),
+            question=question,
+            passages=requests.passages(passages),
+            mode=language_pb2.ANSWER_MODE_GENERATIVE if generative else language_pb2.ANSWER_MODE_EXTRACTIVE,
+            top_k=top_k,
+            config=config,
+        )
+        return await self.call(self.language.AnswerQuestion, request, timeout_s=timeout_s)
+
+    async def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        query: bool = False,
+        model: str | None = None,
+        timeout_s: float | None = None,
+    ) -> embedding_pb2.EmbedTextsResponse:
+        """A vector for each text, in order."""
+        request = embedding_pb2.EmbedTextsRequest(
+            model=model or self.model,
+            request_id=requests.request_id(),
+            texts=[texts] if isinstance(texts, str) else texts,
+            purpose=embedding_pb2.EMBEDDING_PURPOSE_QUERY if query else embedding_pb2.EMBEDDING_PURPOSE_DOCUMENT,
+            dimensions=dimensions,
+            normalize=normalize,
+        )
+        return await self.call(self.embedding.EmbedTexts, request, timeout_s=timeout_s)
+
+    # Models, keys, usage
+
+    async def models(self, *, page_size: int = 0) -> AsyncIterator[model_pb2.Model]:
+        """Every model that the key may use, page by page."""
+        request = model_pb2.ListModelsRequest(page_size=page_size)
+        while True:
+            page = await self.call(self.model_service.ListModels, request)
+            for model in page.models:
+                yield model
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def create_project(self, project_id: str, *, display_name: str = "") -> project_pb2.Project:
+        """A new project; needs the scope `platform`."""
+        request = project_pb2.CreateProjectRequest(
+            project_id=project_id, project=project_pb2.Project(display_name=display_name), request_id=requests.request_id()
+        )
+        return await self.call(self.project_service.CreateProject, request)
+
+    async def create_key(
+        self, project: str, scopes: Sequence[str], *, display_name: str = "", models: Sequence[str] = (), ttl_s: float | None = None
+    ) -> api_key_pb2.IssuedApiKey:
+        """A new API key for `projects/{p}`; its secret is in this reply and nowhere else."""
+        request = api_key_pb2.CreateApiKeyRequest(
+            parent=project,
+            api_key=api_key_pb2.ApiKey(display_name=display_name, scopes=scopes, models=models),
+            request_id=requests.request_id(),
+        )
+        if ttl_s is not None:
+            request.api_key.expire_time.FromDatetime(datetime.now(UTC) + timedelta(seconds=ttl_s))
+        return await self.call(self.api_key_service.CreateApiKey, request)
+
+    async def keys(self, project: str, *, page_size: int = 0) -> AsyncIterator[api_key_pb2.ApiKey]:
+        """Every key of a project, page by page; never a secret."""
+        request = api_key_pb2.ListApiKeysRequest(parent=project, page_size=page_size)
+        while True:
+            page = await self.call(self.api_key_service.ListApiKeys, request)
+            for key in page.api_keys:
+                yield key
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def delete_key(self, name: str) -> None:
+        """Revoke a key: new calls fail within two seconds, running streams within five."""
+        await self.call(self.api_key_service.DeleteApiKey, api_key_pb2.DeleteApiKeyRequest(name=name, request_id=requests.request_id()))
+
+    async def caller(self) -> api_key_pb2.GetCallerResponse:
+        """Whose key this is: project, scopes, limits."""
+        return await self.call(self.api_key_service.GetCaller, api_key_pb2.GetCallerRequest())
+
+    async def usage(
+        self,
+        project: str,
+        *,
+        group_by: Sequence[usage_pb2.UsageGroup.ValueType] = (),
+        interval: usage_pb2.UsageInterval.ValueType = usage_pb2.USAGE_INTERVAL_TOTAL,
+    ) -> AsyncIterator[usage_pb2.UsageSum]:
+        """What a project used, summed by group and interval, page by page."""
+        request = usage_pb2.QueryUsageRequest(parent=project, group_by=group_by, interval=interval)
+        while True:
+            page = await self.call(self.usage_service.QueryUsage, request)
+            for each in page.sums:
+                yield each
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def request_usage(self, project: str, request_id: str) -> usage_pb2.GetRequestUsageResponse:
+        """What one request used, by its request id."""
+        request = usage_pb2.GetRequestUsageRequest(parent=project, request_id=request_id)
+        return await self.call(self.usage_service.GetRequestUsage, request)
+
+    async def quota(self, project: str) -> quota_pb2.QuotaUsage:
+        """What is left of a project's quotas."""
+        return await self.call(self.quota_service.GetQuotaUsage, quota_pb2.GetQuotaUsageRequest(name=f"{project}/quotaPolicy"))
