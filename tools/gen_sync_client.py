@@ -31,7 +31,7 @@ def made() -> str:
     text = HEADER + (HERE / "aio.py").read_text().split("\n", 1)[1]
     for pattern, replacement in WORDS:
         text = re.sub(pattern, replacement, text)
-    for command in (("check", "--fix-only", "--select", "I", "--quiet"), ("format", "--quiet")):
+    for command in (("check", "--fix-only", "--unsafe-fixes", "--select", "I,UP028", "--quiet"), ("format", "--quiet")):
         text = subprocess.run(
             [sys.executable, "-m", "ruff", *command, "--stdin-filename", str(HERE / "client.py"), "-"],
             input=text,

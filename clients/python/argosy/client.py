@@ -349,8 +349,7 @@ class Client:
         request = model_pb2.ListModelsRequest(page_size=page_size)
         while True:
             page = self.call(self.model_service.ListModels, request)
-            for model in page.models:
-                yield model
+            yield from page.models
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
@@ -380,8 +379,7 @@ class Client:
         request = api_key_pb2.ListApiKeysRequest(parent=project, page_size=page_size)
         while True:
             page = self.call(self.api_key_service.ListApiKeys, request)
-            for key in page.api_keys:
-                yield key
+            yield from page.api_keys
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
@@ -405,8 +403,7 @@ class Client:
         request = usage_pb2.QueryUsageRequest(parent=project, group_by=group_by, interval=interval)
         while True:
             page = self.call(self.usage_service.QueryUsage, request)
-            for each in page.sums:
-                yield each
+            yield from page.sums
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token

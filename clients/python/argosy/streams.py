@@ -23,9 +23,8 @@ class Fold:
     def add(self, event: stream_pb2.GenerationEvent) -> None:
         """Take the next event. Raises StreamLost where one is missing."""
         if event.sequence != self._last + 1:
-            raise StreamLost(
-                f"The stream skipped from event {self._last} to {event.sequence}", reason="STREAM_LOST", last_sequence=self._last
-            )
+            gap = f"The stream skipped from event {self._last} to {event.sequence}"
+            raise StreamLost(gap, reason="STREAM_LOST", last_sequence=self._last)
         self._last = event.sequence
         match event.WhichOneof("event"):
             case "started":
