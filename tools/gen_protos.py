@@ -44,7 +44,7 @@ def generate(into: Path) -> None:
     for sources, imports, target in PASSES:
         out = into / target
         out.mkdir(parents=True, exist_ok=True)
-        protoc = [python, "-m", "grpc_tools.protoc", *(f"-I{path}" for path in imports)]
+        protoc: list[str | Path] = [python, "-m", "grpc_tools.protoc", *(f"-I{path}" for path in imports)]
         protos = sorted(sources.rglob("*.proto"))
         services = [path for path in protos if "\nservice " in path.read_text("utf-8")]
         subprocess.run([*protoc, f"--python_out={out}", f"--mypy_out=quiet:{out}", *protos], check=True, env=environment)
