@@ -41,7 +41,7 @@ SERVER: Mapping[str, int] = {
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-GRPCIO_PIN = "1.85.1"  # keepalive, retries and cancellation were measured on it; the tests run again on every bump
+GRPCIO = ((1, 85, 1), (1, 86, 0))  # from, below: keepalive and cancellation were measured on it; the tests run again on every bump
 PROTOBUF_FLOOR = (6, 33, 5)  # below it nested messages and recursion are exploitable
 LAG_UNREADY_S = 1.0  # a loop this late answers nobody in time
 
@@ -63,13 +63,17 @@ class FloorError(RuntimeError):
 
 def check_floors() -> None:
     """Raise `FloorError` for a protobuf or grpcio we have not measured or that is known to be exploitable."""
-    version = tuple(int(part) for part in google.protobuf.__version__.split(".")[:3])
-    if version < PROTOBUF_FLOOR:
+    if _numbers(google.protobuf.__version__) < PROTOBUF_FLOOR:
         raise FloorError(f"protobuf {google.protobuf.__version__} is below {'.'.join(map(str, PROTOBUF_FLOOR))}")
     if api_implementation.Type() != "upb":
         raise FloorError(f"protobuf runs on its {api_implementation.Type()} implementation; install the wheel with upb")
-    if grpc.__version__ != GRPCIO_PIN:
-        raise FloorError(f"grpcio is {grpc.__version__}, and this server is pinned to {GRPCIO_PIN}")
+    floor, ceiling = GRPCIO
+    if not floor <= _numbers(grpc.__version__) < ceiling:
+        raise FloorError(f"grpcio is {grpc.__version__}, and this server was measured on {'.'.join(map(str, floor))} alone")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3])
 
 
 @dataclass(frozen=True)
