@@ -1,0 +1,106 @@
+"""The engine's process: `python -m services.inference.engine SETTINGS FD PARENT BUILD`, spawned by `ProcessHost` and by nothing else.
+
+SETTINGS is JSON, FD the inherited end of a socket pair, PARENT the process id to die with, BUILD the `module:function` that loads the
+model. Frames go over the socket, logs as JSON lines to stderr; neither prompts nor tokens are ever logged.
+"""
+
+import ctypes
+import gc
+import importlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+
+import msgspec
+
+from services.inference.engine.engine import Engine, offered, run
+from services.inference.engine.frames import encode, to_engine
+from services.inference.engine.inbox import Inbox
+from services.inference.engine.settings import EngineSettings
+
+PR_SET_PDEATHSIG = 1
+READ_BYTES = 2**18
+EXTRAS = ("call", "failure", "where", "tokens")  # that our log records carry
+
+log = logging.getLogger("services.inference.engine")
+
+
+class JsonLines(logging.Formatter):
+    """One object a line; of an exception, where it was raised but not what it says."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line of JSON."""
+        line: dict[str, object] = {
+            "time": round(record.created, 3),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {name: vars(record)[name] for name in EXTRAS if name in vars(record)}
+        return json.dumps(line)
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel to end this process when its parent ends, however that happens. Elsewhere than on Linux the socket's end tells."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before we asked
+        os._exit(0)
+
+
+def listen(connection: socket.socket, inbox: Inbox) -> None:
+    """Feed the inbox until the parent hangs up, then end the process: there is nobody to finish a step for."""
+    reader = to_engine()
+    while data := _receive(connection):
+        inbox.put(reader.feed(data))
+    os._exit(0)
+
+
+def _receive(connection: socket.socket) -> bytes:
+    try:
+        return connection.recv(READ_BYTES)
+    except ConnectionError:
+        return b""
+
+
+def main(settings_json: str, fd: str, parent: str, build: str) -> int:
+    """Load, say hello, step. Returns the exit status: 0 after a drain."""
+    die_with(int(parent))
+    # A terminal or a supervisor signals the whole group; the parent decides what that means for us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    connection = socket.socket(fileno=int(fd))
+    inbox = Inbox()
+    threading.Thread(target=listen, args=(connection, inbox), name="inbox", daemon=True).start()
+    try:
+        settings = msgspec.json.decode(settings_json.encode(), type=EngineSettings)
+        module, _, function = build.partition(":")
+        began = time.monotonic()
+        runner, hello = getattr(importlib.import_module(module), function)(settings)
+        log.info("loaded in %.1f s", time.monotonic() - began)
+        # What is loaded stays: the collector need not walk it again and again between steps.
+        gc.collect()
+        gc.freeze()
+        engine = Engine(runner, hello, settings)
+        connection.sendall(encode([offered(hello, runner)]))
+        run(engine, inbox, lambda events: connection.sendall(encode(events)))
+    except (BrokenPipeError, ConnectionResetError):
+        return 0  # the parent is gone
+    except Exception as failure:  # the last line before the process ends
+        where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(failure.__traceback__)[-6:]]
+        log.critical("the engine ends", extra={"failure": type(failure).__name__, "where": where})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,537 @@
+"""Where the engine runs: in a process of its own (`ProcessHost`), or in a thread to debug it (`InlineHost`).
+
+The only file that knows. It imports no torch: the process on the wire stays light, and its loop never waits for a step.
+"""
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import os
+import socket
+import sys
+import threading
+from abc import abstractmethod
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+
+from services.inference.engine.calls import Abort, Call, Done, Drain, FromEngine, Hello, Load, Stop, ToEngine
+from services.inference.engine.engine import Engine, offered, run
+from services.inference.engine.frames import FrameError, encode, from_engine
+from services.inference.engine.inbox import Inbox
+from services.inference.engine.settings import EngineSettings
+from services.inference.engine.step import Runner
+
+BUILD = "services.inference.engine.build:build"
+STREAM_FRAMES = 64  # that a stream may be behind
+LEAVE_S = 2.0  # for a child to go by itself
+NO_LOAD = Load(0, 0, 0, 0, 0.0, 0.0, 0, 0, 0, 0, 0.0, 0)
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class EngineLost(Exception):
+    """The engine ended under a call, or could not start. What was streamed so far is true, and it is all there will be."""
+
+
+class EngineNotReady(EngineLost):
+    """The call was not sent: the engine is starting, draining or gone. It may be retried elsewhere."""
+
+
+class SlowReader(Exception):
+    """A stream was not read for `STREAM_FRAMES` frames; its call was aborted."""
+
+
+class Host(Protocol):
+    """An engine as the process on the wire sees it. All methods are for one event loop."""
+
+    @property
+    def hello(self) -> Hello:
+        """What the engine said when it was warm. Raises EngineNotReady before `start`."""
+        ...
+
+    @property
+    def load(self) -> Load:
+        """The latest; zeros before the first."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether `submit` would be sent now."""
+        ...
+
+    async def start(self) -> Hello:
+        """Returns when the engine is warm. Raises EngineLost if it ends before."""
+        ...
+
+    def watch_load(self) -> AsyncIterator[Load]:
+        """The load now and at each change; a slow reader skips to the latest."""
+        ...
+
+    def watch_ready(self) -> AsyncIterator[bool]:
+        """Readiness now and at each change: for the health service."""
+        ...
+
+    def submit(self, call: Call) -> AsyncGenerator[FromEngine, None]:
+        """Messages about one call, ending with `Done`. Closing it early aborts the call.
+
+        Raises EngineNotReady, EngineLost or SlowReader; ValueError if a live call has this id.
+        """
+        ...
+
+    def stop(self, id: str, index: int) -> None:
+        """End one output as STOPPED, before the next step."""
+        ...
+
+    def abort(self, *ids: str) -> None:
+        """End calls as CANCELLED; their streams go on to `Done`, which says what they cost."""
+        ...
+
+    async def drain(self, grace_s: float) -> None:
+        """Take no more calls, let the running ones finish for `grace_s`, abort the rest, and end the engine."""
+        ...
+
+    async def close(self) -> None:
+        """End the engine now. Safe to repeat."""
+        ...
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """How a lost child is replaced: waiting `first_s`, twice as long each time, `most_s` at most, and `limit` times without a Hello."""
+
+    first_s: float = 0.5
+    most_s: float = 30.0
+    limit: int = 8
+
+
+class _Latest(Generic[T]):
+    """A value that can be watched; a watcher who is late sees only the newest."""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+        self._changed = asyncio.Event()
+
+    def set(self, value: T) -> None:
+        self.value = value
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def watch(self) -> AsyncIterator[T]:
+        while True:
+            changed = self._changed
+            yield self.value
+            await changed.wait()
+
+
+class _Stream:
+    """What the loop has read for one call and its reader has not."""
+
+    def __init__(self) -> None:
+        self._frames: deque[list[FromEngine]] = deque()
+        self._changed = asyncio.Event()
+        self._failure: Exception | None = None
+
+    def feed(self, messages: list[FromEngine]) -> bool:
+        """False: it is full."""
+        if len(self._frames) >= STREAM_FRAMES:
+            return False
+        self._frames.append(messages)
+        self._changed.set()
+        return True
+
+    def fail(self, failure: Exception) -> None:
+        """Raise it to the reader, after what it has not read yet."""
+        self._failure = failure
+        self._changed.set()
+
+    async def read(self) -> list[FromEngine]:
+        while not self._frames:
+            if self._failure is not None:
+                raise self._failure
+            self._changed.clear()
+            await self._changed.wait()
+        return self._frames.popleft()
+
+
+class _Streaming:
+    """The part of a host that does not care where the engine runs: streams by call id, readiness, load."""
+
+    def __init__(self) -> None:
+        self._hello: Hello | None = None
+        self._load = _Latest(NO_LOAD)
+        self._ready = _Latest(False)
+        self._streams: dict[str, _Stream] = {}
+        self._leaving: dict[str, asyncio.Event] = {}  # calls aborted by their reader, until the engine says Done
+
+    @abstractmethod
+    def _post(self, message: ToEngine) -> None:
+        """Send it, soon and without waiting."""
+
+    @property
+    def hello(self) -> Hello:
+        if self._hello is None:
+            raise EngineNotReady("the engine has not started")
+        return self._hello
+
+    @property
+    def load(self) -> Load:
+        return self._load.value
+
+    @property
+    def ready(self) -> bool:
+        return self._ready.value
+
+    def watch_load(self) -> AsyncIterator[Load]:
+        return self._load.watch()
+
+    def watch_ready(self) -> AsyncIterator[bool]:
+        return self._ready.watch()
+
+    def stop(self, id: str, index: int) -> None:
+        self._post(Stop(id, index))
+
+    def abort(self, *ids: str) -> None:
+        self._post(Abort(ids))
+
+    async def submit(self, call: Call) -> AsyncGenerator[FromEngine, None]:
+        id = call.id
+        while (leaving := self._leaving.get(id)) is not None:
+            await leaving.wait()  # its predecessor's last messages would be taken for its own
+        if not self.ready:
+            raise EngineNotReady("the engine is not ready")
+        if id in self._streams:
+            raise ValueError(f"call {id} is running")
+        stream = self._streams[id] = _Stream()
+        self._post(call)
+        try:
+            while True:
+                for message in await stream.read():
+                    yield message
+                    if isinstance(message, Done):
+                        return
+        finally:
+            if self._streams.get(id) is stream:
+                self._leave(id)
+
+    def _leave(self, id: str) -> None:
+        del self._streams[id]
+        self._leaving[id] = asyncio.Event()
+        self._post(Abort((id,)))
+
+    def _received(self, messages: Sequence[FromEngine]) -> None:
+        """Sort one frame by call. Never waits."""
+        frames: dict[str, list[FromEngine]] = {}
+        for message in messages:
+            if isinstance(message, Load):
+                self._load.set(message)
+            elif isinstance(message, Hello):
+                self._warm(message)
+            else:
+                frames.setdefault(message.id, []).append(message)
+        for id, frame in frames.items():
+            over = isinstance(frame[-1], Done)
+            stream = self._streams.get(id)
+            if stream is None:
+                if over and (leaving := self._leaving.pop(id, None)) is not None:
+                    leaving.set()
+                continue
+            if not stream.feed(frame):
+                stream.fail(SlowReader(f"call {id} was not read"))
+                self._leave(id)
+                if over:
+                    self._leaving.pop(id).set()
+            elif over:
+                del self._streams[id]
+
+    def _warm(self, hello: Hello) -> None:
+        self._hello = hello
+        self._ready.set(True)
+
+    def _gone(self, why: str) -> None:
+        """Every stream ends: with EngineLost, after what it has not read yet."""
+        self._ready.set(False)
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(EngineLost(why))
+        leaving, self._leaving = self._leaving, {}
+        for event in leaving.values():
+            event.set()
+
+
+class _Wire(asyncio.Protocol):
+    """The parent's end of the socket to one child."""
+
+    def __init__(self, received: Callable[[Sequence[FromEngine]], None], lost: Callable[[], None]) -> None:
+        self.closed = asyncio.Event()
+        self._received = received
+        self._lost = lost
+        self._reader = from_engine()
+        self._transport: asyncio.Transport | None = None
+        self._outbox: list[ToEngine] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._received(self._reader.feed(data))
+        except FrameError:
+            log.exception("the engine sent what is not a frame")
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost()
+        self.closed.set()
+
+    def post(self, message: ToEngine) -> None:
+        """All that is posted in one turn of the loop goes out as one frame."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(message)
+
+    def _flush(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(encode(outbox))
+
+    def close(self) -> None:
+        """Hang up; the child ends itself when it sees that."""
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class ProcessHost(_Streaming):
+    """The engine in a child process that dies with this one, and is replaced when it dies before.
+
+    `build` names, as `module:function`, what the child calls with the settings to get `(Runner, Hello)`.
+    """
+
+    def __init__(self, settings: EngineSettings, build: str = BUILD, restarts: Restarts | None = None) -> None:
+        super().__init__()
+        self.restarted = 0  # times so far
+        self._settings = settings
+        self._build = build
+        self._restarts = restarts or Restarts()
+        self._wire: _Wire | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._greeted: asyncio.Future[Hello] | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._ending = False  # draining or closing: a child that exits is not replaced
+        self._heard_at = 0.0  # loop time of the child's last sign of life, or of the call it owes one since
+
+    @property
+    def pid(self) -> int | None:
+        """Of the current child, or of the last one."""
+        return self._process.pid if self._process is not None else None
+
+    async def start(self) -> Hello:
+        """Spawn the child and wait until it is warm. A first child that ends before is not replaced."""
+        try:
+            hello = await self._spawn()
+        except BaseException:
+            await self.close()
+            raise
+        self._keeper = asyncio.create_task(self._keep(), name="engine keeper")
+        return hello
+
+    async def drain(self, grace_s: float) -> None:
+        """Let the calls finish, then abort them, then kill the child: `grace_s + 2 * LEAVE_S` at most."""
+        self._ending = True
+        self._ready.set(False)
+        self._post(Drain())
+        if not await self._exits(grace_s):
+            self.abort(*self._streams)
+            await self._exits(LEAVE_S)
+        await self.close()
+
+    async def close(self) -> None:
+        """Hang up; kill the child if it does not leave by itself."""
+        self._ending = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+        await self._reap()
+        self._gone("the engine was closed")
+
+    async def _spawn(self) -> Hello:
+        """A new child, warm. Raises EngineLost if it ends before."""
+        loop = asyncio.get_running_loop()
+        self._greeted = greeted = loop.create_future()
+        environment = dict(os.environ)
+        if self._settings.threads is not None:
+            environment["OMP_NUM_THREADS"] = str(self._settings.threads)  # read once, when torch is imported
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "services.inference.engine"),
+                    *(msgspec.json.encode(self._settings).decode(), str(theirs.fileno()), str(os.getpid()), self._build),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    env=environment,
+                )
+            except BaseException:
+                ours.close()
+                raise
+        self._heard_at = loop.time()
+        _, self._wire = await loop.create_unix_connection(lambda: _Wire(self._heard, self._lost), sock=ours)
+        try:
+            hello: Hello = await greeted
+        except EngineLost:
+            await self._reap()
+            raise
+        return hello
+
+    async def _keep(self) -> None:
+        """Replace the child each time it is lost."""
+        loop = asyncio.get_running_loop()
+        attempts = 0
+        while True:
+            warm_at = loop.time()
+            await self._until_lost()
+            await self._reap()
+            if self._ending:
+                return
+            if loop.time() - warm_at > self._restarts.most_s:
+                attempts = 0  # it has lived: this is no loop of crashes
+            hello = None
+            while hello is None:
+                if attempts == self._restarts.limit:
+                    log.critical("the engine is lost for good")
+                    return
+                wait_s = min(self._restarts.first_s * 2**attempts, self._restarts.most_s)
+                log.error("the engine is lost; a new one starts in %.1f s", wait_s)
+                await asyncio.sleep(wait_s)
+                attempts += 1
+                with contextlib.suppress(EngineLost):
+                    hello = await self._spawn()
+            self.restarted += 1
+
+    async def _until_lost(self) -> None:
+        wire, process, hang_s = self._wire, self._process, self._settings.hang_s
+        assert wire is not None and process is not None  # after `_spawn`
+        while not wire.closed.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(wire.closed.wait(), hang_s / 4)
+            owes = self._streams or self._leaving
+            if owes and asyncio.get_running_loop().time() - self._heard_at > hang_s and process.returncode is None:
+                log.error("the engine has said nothing for %.0f s", hang_s)
+                process.kill()
+
+    async def _exits(self, within_s: float) -> bool:
+        if self._process is None:
+            return True
+        try:
+            await asyncio.wait_for(self._process.wait(), within_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _reap(self) -> None:
+        """Hang up, and see to it that the child is gone."""
+        if self._wire is not None:
+            self._wire.close()
+        if self._process is not None and not await self._exits(LEAVE_S):
+            self._process.kill()
+            await self._process.wait()
+
+    def _post(self, message: ToEngine) -> None:
+        if len(self._streams) == 1 and not self._leaving and not isinstance(message, Stop | Abort):
+            self._heard_at = asyncio.get_running_loop().time()
+        if self._wire is not None:
+            self._wire.post(message)
+
+    def _heard(self, messages: Sequence[FromEngine]) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+        self._received(messages)
+
+    def _warm(self, hello: Hello) -> None:
+        super()._warm(hello)
+        if self._greeted is not None and not self._greeted.done():
+            self._greeted.set_result(hello)
+
+    def _lost(self) -> None:
+        self._gone("the engine's process ended")
+        if self._greeted is not None and not self._greeted.done():
+            self._greeted.set_exception(EngineLost("the engine ended before it was ready"))
+
+
+class InlineHost(_Streaming):
+    """The engine in a thread, for a debugger and for tests of the wire. It computes under this process's interpreter lock, so streams
+    stutter; and when it fails, it is not replaced. Without `build`, the process's own loads the model."""
+
+    def __init__(
+        self, settings: EngineSettings | None = None, build: Callable[[EngineSettings], tuple[Runner, Hello]] | None = None
+    ) -> None:
+        super().__init__()
+        self._settings = settings or EngineSettings()
+        self._build = build
+        self._inbox = Inbox()
+        self._ended = asyncio.Event()
+        self._thread: threading.Thread | None = None
+
+    async def start(self) -> Hello:
+        """Load in the thread and wait until it is warm."""
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, args=(loop,), name="engine", daemon=True)
+        self._thread.start()
+        async for ready in self._ready.watch():
+            if ready:
+                break
+            if self._ended.is_set():
+                raise EngineLost("the engine ended before it was ready")
+        return self.hello
+
+    async def drain(self, grace_s: float) -> None:
+        """Let the calls finish, then abort them."""
+        self._ready.set(False)
+        self._post(Drain())
+        for within_s in (grace_s, LEAVE_S):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), within_s)
+                break
+            self.abort(*self._streams)
+        await self.close()
+
+    async def close(self) -> None:
+        """End the thread after the step in flight."""
+        self._inbox.close()
+        if self._thread is not None:
+            await self._ended.wait()
+            self._thread.join()
+        self._gone("the engine was closed")
+
+    def _post(self, message: ToEngine) -> None:
+        self._inbox.put((message,))
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        def send(events: Sequence[FromEngine]) -> None:
+            loop.call_soon_threadsafe(self._received, events)
+
+        try:
+            runner, hello = (self._build or _named(BUILD))(self._settings)
+            engine = Engine(runner, hello, self._settings)
+            send([offered(hello, runner)])
+            run(engine, self._inbox, send)
+        except Exception:
+            log.exception("the engine ends")
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(self._over)
+
+    def _over(self) -> None:
+        self._gone("the engine's thread ended")
+        self._ended.set()
+
+
+def _named(build: str) -> Callable[[EngineSettings], tuple[Runner, Hello]]:
+    module, _, function = build.partition(":")
+    found: Callable[[EngineSettings], tuple[Runner, Hello]] = getattr(importlib.import_module(module), function)
+    return found
