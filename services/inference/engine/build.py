@@ -1,0 +1,108 @@
+"""The engine's only wiring: settings in, a warm runner and its Hello out."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from services.inference.engine import weights
+from services.inference.engine.backend import Backend
+from services.inference.engine.calls import Hello, Sampling
+from services.inference.engine.eager import EagerBackend, Unsupported
+from services.inference.engine.runner import TorchRunner
+from services.inference.engine.settings import EngineSettings
+from services.inference.engine.step import BLOCK_SIZE
+
+log = logging.getLogger(__name__)
+
+
+def build(settings: EngineSettings, progress: weights.Progress | None = None) -> tuple[TorchRunner, Hello]:
+    """Prepare, load and warm the model. Raises weights.ModelRefused, weights.ModelUnavailable or eager.Unsupported, each a sentence."""
+    began = time.monotonic()
+    cache = weights.cache_directory(settings.cache_dir)
+    directory = weights.prepare(settings.model, cache, progress)
+    digest = weights.digest(directory, cache)
+    prepared = time.monotonic()
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    device = _device(settings)
+    backend = _backend(directory, settings, device, _dtype(settings, device))
+    loaded = time.monotonic()
+    runner = TorchRunner(backend)
+    runner.warm_up(settings.step_tokens(device.type))
+    if isinstance(backend, EagerBackend):
+        backend.capture(settings.max_sequences)
+    log.info(
+        "engine ready",
+        extra={
+            "backend": backend.name,
+            "prepare_s": round(prepared - began, 3),
+            "load_s": round(loaded - prepared, 3),
+            "warm_up_s": round(time.monotonic() - loaded, 3),
+        },
+    )
+    return runner, _hello(settings, directory, digest, backend)
+
+
+def _device(settings: EngineSettings) -> torch.device:
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(settings.device)
+
+
+def _dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32."""
+    if settings.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _backend(directory: Path, settings: EngineSettings, device: torch.device, dtype: torch.dtype) -> Backend:
+    if device.type == "cpu" and settings.backend != "eager":
+        try:
+            from services.inference.engine import fused  # noqa: PLC0415 - builds its kernels when imported; eager needs none of it
+
+            return fused.FusedBackend.load(directory, settings)
+        except Exception as error:
+            if not isinstance(error, ImportError) and type(error).__name__ != "Unsupported":
+                raise
+            if settings.backend == "fused":
+                raise
+            log.warning("the fused backend cannot run this: %s; the eager one will", error)
+    return EagerBackend.load(directory, settings, device, dtype)
+
+
+def _hello(settings: EngineSettings, directory: Path, digest: str, backend: Backend) -> Hello:
+    config = json.loads((directory / "config.json").read_text())
+    path = directory / "generation_config.json"
+    generation: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    return Hello(
+        model=settings.model,
+        digest=digest,
+        architecture=(config.get("architectures") or [config["model_type"]])[0],
+        device=str(backend.device),
+        dtype=str(getattr(backend, "dtype", torch.bfloat16)).removeprefix("torch."),
+        vocabulary=backend.vocabulary,
+        context=backend.context,
+        width=backend.width,
+        block_size=BLOCK_SIZE,
+        blocks=backend.blocks,
+        default_sampling=Sampling(
+            seed=0,
+            temperature=float(generation.get("temperature") or 1.0),
+            top_p=float(generation.get("top_p") or 1.0),
+            top_k=int(generation.get("top_k") or 0),
+            min_p=float(generation.get("min_p") or 0.0),
+            repetition=float(generation.get("repetition_penalty") or 1.0),
+        ),
+        end_token_ids=tuple(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+        backend=backend.name,
+    )
+
+
+__all__ = ["Unsupported", "build"]
