@@ -227,17 +227,18 @@ def choose(
     key: bytes | None = None,
     salt: bytes = b"\0",
     without: frozenset[str] = frozenset(),
+    retry: bool = False,
 ) -> Replica | None:
     """The replica to send `work` to, or None when there is none.
 
     `key` (see `affinity`) prefers its rendezvous replica while that costs less than the prefill it may save; `salt` spreads ties;
-    `without` names those that this call has already failed on.
+    `without` names those that are full or that this call has failed on; a `retry` is never a probe.
     """
     candidates = [replica for replica in usable(replicas, now) if replica.name not in without]
     if not candidates:
         return None
     probing = next((r for r in candidates if r.standing is Standing.PROBING and r.share(now) > 0), None)
-    if probing is not None and not without:  # the first try may probe: it can still fail over
+    if probing is not None and not retry:  # the first try may probe: it can still fail over
         return probing
     # A ramping replica looks as much slower as its share is smaller.
     cost = {r.name: finish_s(r, work, candidates) / max(r.share(now), 0.1) for r in candidates}

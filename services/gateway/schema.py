@@ -51,14 +51,17 @@ api_keys = Table(
     Column("previous_expire_time", _time),
     Column("scopes", ARRAY(Text), nullable=False),
     Column("models", ARRAY(Text), nullable=False),
+    Column("requests_per_minute", BigInteger),
+    Column("tokens_per_minute", BigInteger),
+    Column("concurrent_requests", BigInteger),
     Column("output_token_ceiling", BigInteger),
-    Column("max_concurrent", BigInteger),
-    Column("max_spend_nanos", BigInteger),
+    Column("nanos_per_day", BigInteger),
     Column("minter_uid", _uuid),
     Column("create_time", _time, nullable=False),
     Column("update_time", _time, nullable=False),
     Column("expire_time", _time),
     Column("delete_time", _time),
+    Column("last_use_time", _time),
 )
 
 quota_policies = Table(
@@ -70,13 +73,12 @@ quota_policies = Table(
     Column("requests_per_day", BigInteger),
     Column("tokens_per_minute", BigInteger),
     Column("tokens_per_day", BigInteger),
-    Column("max_concurrent", BigInteger),
+    Column("concurrent_streams", BigInteger),
     Column("output_token_ceiling", BigInteger),
-    Column("max_jobs", BigInteger),
+    Column("concurrent_jobs", BigInteger),
     Column("gpu_seconds_per_day", BigInteger),
-    Column("max_bytes", BigInteger),
-    Column("spend_nanos_per_month", BigInteger),
-    Column("currency_code", Text, nullable=False),
+    Column("stored_bytes", BigInteger),
+    Column("nanos_per_day", BigInteger),
     Column("update_time", _time, nullable=False),
 )
 
@@ -91,10 +93,9 @@ quota_counters = Table(
     Column("day", _time, nullable=False),
     Column("day_requests", BigInteger, nullable=False),
     Column("day_tokens", BigInteger, nullable=False),
-    Column("month", _time, nullable=False),
-    Column("month_nanos", BigInteger, nullable=False),
-    Column("total_nanos", BigInteger, nullable=False),
+    Column("day_nanos", BigInteger, nullable=False),
     Column("running", BigInteger, nullable=False),
+    Column("entries", BigInteger, nullable=False),
 )
 
 reservations = Table(
@@ -112,7 +113,6 @@ reservations = Table(
     Column("nanos", BigInteger, nullable=False),
     Column("minute", _time, nullable=False),
     Column("day", _time, nullable=False),
-    Column("month", _time, nullable=False),
     Column("owner", _uuid, nullable=False),
     Column("create_time", _time, nullable=False),
 )
@@ -124,7 +124,6 @@ ledger = Table(
     Column("generation_id", _uuid, primary_key=True),
     Column("kind", Text, primary_key=True),
     Column("entry", BigInteger, nullable=False),
-    Column("transaction", BigInteger, nullable=False),
     Column("request_id", _uuid),
     Column("key_uid", _uuid, nullable=False),
     Column("method", Text, nullable=False),

@@ -38,14 +38,17 @@ TABLES = (
         previous_expire_time timestamptz,
         scopes text[] NOT NULL,
         models text[] NOT NULL DEFAULT '{}',
+        requests_per_minute bigint CHECK (requests_per_minute >= 0),
+        tokens_per_minute bigint CHECK (tokens_per_minute >= 0),
+        concurrent_requests bigint CHECK (concurrent_requests >= 0),
         output_token_ceiling bigint CHECK (output_token_ceiling > 0),
-        max_concurrent bigint CHECK (max_concurrent >= 0),
-        max_spend_nanos bigint CHECK (max_spend_nanos >= 0),
+        nanos_per_day bigint CHECK (nanos_per_day >= 0),
         minter_uid uuid,
         create_time timestamptz NOT NULL DEFAULT clock_timestamp(),
         update_time timestamptz NOT NULL DEFAULT clock_timestamp(),
         expire_time timestamptz,
         delete_time timestamptz,
+        last_use_time timestamptz,
         PRIMARY KEY (project_uid, uid)
     )
     """,
@@ -58,13 +61,12 @@ TABLES = (
         requests_per_day bigint CHECK (requests_per_day >= 0),
         tokens_per_minute bigint CHECK (tokens_per_minute >= 0),
         tokens_per_day bigint CHECK (tokens_per_day >= 0),
-        max_concurrent bigint CHECK (max_concurrent >= 0),
+        concurrent_streams bigint CHECK (concurrent_streams >= 0),
         output_token_ceiling bigint CHECK (output_token_ceiling > 0),
-        max_jobs bigint CHECK (max_jobs >= 0),
+        concurrent_jobs bigint CHECK (concurrent_jobs >= 0),
         gpu_seconds_per_day bigint CHECK (gpu_seconds_per_day >= 0),
-        max_bytes bigint CHECK (max_bytes >= 0),
-        spend_nanos_per_month bigint CHECK (spend_nanos_per_month >= 0),
-        currency_code text NOT NULL DEFAULT 'USD',
+        stored_bytes bigint CHECK (stored_bytes >= 0),
+        nanos_per_day bigint CHECK (nanos_per_day >= 0),
         update_time timestamptz NOT NULL DEFAULT clock_timestamp()
     )
     """,
@@ -80,10 +82,9 @@ TABLES = (
         day timestamptz NOT NULL DEFAULT '-infinity',
         day_requests bigint NOT NULL DEFAULT 0 CHECK (day_requests >= 0),
         day_tokens bigint NOT NULL DEFAULT 0 CHECK (day_tokens >= 0),
-        month timestamptz NOT NULL DEFAULT '-infinity',
-        month_nanos bigint NOT NULL DEFAULT 0 CHECK (month_nanos >= 0),
-        total_nanos bigint NOT NULL DEFAULT 0 CHECK (total_nanos >= 0),
+        day_nanos bigint NOT NULL DEFAULT 0 CHECK (day_nanos >= 0),
         running bigint NOT NULL DEFAULT 0 CHECK (running >= 0),
+        entries bigint NOT NULL DEFAULT 0,
         PRIMARY KEY (project_uid, key_uid)
     ) WITH (fillfactor = 50)
     """,
@@ -102,7 +103,6 @@ TABLES = (
         nanos bigint NOT NULL CHECK (nanos >= 0),
         minute timestamptz NOT NULL,
         day timestamptz NOT NULL,
-        month timestamptz NOT NULL,
         owner uuid NOT NULL,
         create_time timestamptz NOT NULL,
         PRIMARY KEY (project_uid, generation_id)
@@ -111,15 +111,14 @@ TABLES = (
     "CREATE UNIQUE INDEX reservations_request ON reservations (project_uid, request_id, method) WHERE request_id IS NOT NULL",
     "CREATE INDEX reservations_owner ON reservations (owner)",
     # The books. RESERVE holds what was set aside, SETTLE what it cost; AMEND corrects the SETTLE that a sweeper wrote as LOST, when the
-    # gateway thought dead comes back with the engine's counts in its journal. Readers page by (transaction, entry): entry numbers
-    # alone commit out of order.
+    # gateway thought dead comes back with the engine's counts in its journal. `entry` counts a project's rows under the lock of its
+    # counters, so rows appear in its order: a sequence would let a reader's cursor pass a row that commits late.
     """
     CREATE TABLE ledger (
         project_uid uuid NOT NULL,
         generation_id uuid NOT NULL,
         kind text NOT NULL CHECK (kind IN ('RESERVE', 'SETTLE', 'AMEND')),
-        entry bigint GENERATED ALWAYS AS IDENTITY,
-        transaction bigint NOT NULL DEFAULT (pg_current_xact_id()::text::bigint),
+        entry bigint NOT NULL,
         request_id uuid,
         key_uid uuid NOT NULL,
         method text NOT NULL,
@@ -142,7 +141,7 @@ TABLES = (
     "CREATE UNIQUE INDEX ledger_done ON ledger (project_uid, request_id, method) WHERE outcome = 'DONE' AND request_id IS NOT NULL",
     "CREATE INDEX ledger_request ON ledger (project_uid, request_id, method) WHERE request_id IS NOT NULL",
     "CREATE INDEX ledger_time ON ledger (project_uid, create_time)",
-    "CREATE INDEX ledger_order ON ledger (project_uid, transaction, entry)",
+    "CREATE UNIQUE INDEX ledger_entry ON ledger (project_uid, entry)",
     # A gateway that stops beating for its lease is dead, and its open reservations are swept.
     """
     CREATE TABLE gateways (
@@ -201,14 +200,18 @@ REVOCATION = (
         RETURN NULL;
     END $$
     """,
-    "CREATE TRIGGER api_keys_changed AFTER UPDATE ON api_keys FOR EACH ROW EXECUTE FUNCTION tell_key_change()",
-    "CREATE TRIGGER projects_changed AFTER UPDATE ON projects FOR EACH ROW EXECUTE FUNCTION tell_key_change()",
+    """
+    CREATE TRIGGER api_keys_changed
+    AFTER UPDATE OF state, mac, previous_mac, previous_expire_time, expire_time, scopes, models, output_token_ceiling ON api_keys
+    FOR EACH ROW EXECUTE FUNCTION tell_key_change()
+    """,
+    "CREATE TRIGGER projects_changed AFTER UPDATE OF state ON projects FOR EACH ROW EXECUTE FUNCTION tell_key_change()",
 )
 
 RESERVE = """
 CREATE FUNCTION reserve(
     a_project uuid, a_generation uuid, a_request uuid, a_key uuid, a_method text, a_model text, a_version text,
-    a_input bigint, a_output bigint, a_nanos bigint, a_digest bytea, a_owner uuid,
+    a_input bigint, a_output bigint, a_nanos bigint, a_digest bytea, a_owner uuid, a_spooled boolean,
     OUT verdict text, OUT subject text, OUT retry_after_s float8
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -216,13 +219,11 @@ DECLARE
     instant timestamptz;
     this_minute timestamptz;
     this_day timestamptz;
-    this_month timestamptz;
     asked CONSTANT bigint := a_input + a_output;
     c quota_counters;
     k quota_counters;
     policy quota_policies;
-    key_max_concurrent bigint;
-    key_max_spend bigint;
+    key_limits api_keys;
     seen record;
 BEGIN
     -- A reservation lost with the server is written again by its settlement, so it need not wait for the disk.
@@ -240,7 +241,12 @@ BEGIN
         verdict := 'OK';  -- the same attempt again: an answer was lost, or a journal is replayed
         RETURN;
     END IF;
-    IF a_request IS NOT NULL THEN
+    IF a_spooled THEN
+        -- Already running, begun while the store was away: written down, not judged.
+        IF EXISTS (SELECT FROM reservations WHERE project_uid = a_project AND request_id = a_request AND method = a_method) THEN
+            a_request := NULL;
+        END IF;
+    ELSIF a_request IS NOT NULL THEN
         SELECT body_digest INTO seen FROM reservations
         WHERE project_uid = a_project AND request_id = a_request AND method = a_method;
         IF FOUND THEN
@@ -256,8 +262,7 @@ BEGIN
     END IF;
 
     SELECT * INTO policy FROM quota_policies WHERE project_uid = a_project;
-    SELECT max_concurrent, max_spend_nanos INTO key_max_concurrent, key_max_spend
-    FROM api_keys WHERE project_uid = a_project AND uid = a_key;
+    SELECT * INTO key_limits FROM api_keys WHERE project_uid = a_project AND uid = a_key;
     SELECT * INTO k FROM quota_counters WHERE project_uid = a_project AND key_uid = a_key;
     IF NOT FOUND THEN
         INSERT INTO quota_counters (project_uid, key_uid) VALUES (a_project, a_key) ON CONFLICT DO NOTHING;
@@ -267,32 +272,35 @@ BEGIN
     instant := clock_timestamp();  -- after the lock: a wait for it must not charge a window that has passed
     this_minute := date_trunc('minute', instant, 'UTC');
     this_day := date_trunc('day', instant, 'UTC');
-    this_month := date_trunc('month', instant, 'UTC');
     IF c.minute < this_minute THEN c.minute := this_minute; c.minute_requests := 0; c.minute_tokens := 0; END IF;
-    IF c.day < this_day THEN c.day := this_day; c.day_requests := 0; c.day_tokens := 0; END IF;
-    IF c.month < this_month THEN c.month := this_month; c.month_nanos := 0; END IF;
+    IF c.day < this_day THEN c.day := this_day; c.day_requests := 0; c.day_tokens := 0; c.day_nanos := 0; END IF;
     IF k.minute < this_minute THEN k.minute := this_minute; k.minute_requests := 0; k.minute_tokens := 0; END IF;
-    IF k.day < this_day THEN k.day := this_day; k.day_requests := 0; k.day_tokens := 0; END IF;
-    IF k.month < this_month THEN k.month := this_month; k.month_nanos := 0; END IF;
+    IF k.day < this_day THEN k.day := this_day; k.day_requests := 0; k.day_tokens := 0; k.day_nanos := 0; END IF;
 
-    -- Hard bounds first: waiting does not help.
+    IF a_spooled THEN
+        policy := NULL;
+        key_limits := NULL;
+    END IF;
+    -- Hard bounds first: waiting a minute does not help. An unset limit is NULL, and nothing is over it.
     verdict := 'QUOTA';
     subject := CASE
         WHEN c.day_requests >= policy.requests_per_day THEN 'requests_per_day'
         WHEN c.day_tokens + asked > policy.tokens_per_day THEN 'tokens_per_day'
-        WHEN c.month_nanos + a_nanos > policy.spend_nanos_per_month THEN 'spend_per_month'
-        WHEN k.total_nanos + a_nanos > key_max_spend THEN 'key_spend'
-        WHEN asked > policy.tokens_per_minute THEN 'tokens_per_minute'
-        WHEN policy.requests_per_minute = 0 THEN 'requests_per_minute'
-        WHEN policy.max_concurrent = 0 OR key_max_concurrent = 0 THEN 'concurrent_requests'
+        WHEN c.day_nanos + a_nanos > policy.nanos_per_day THEN 'cost_per_day'
+        WHEN k.day_nanos + a_nanos > key_limits.nanos_per_day THEN 'key_cost_per_day'
+        WHEN asked > least(policy.tokens_per_minute, key_limits.tokens_per_minute) THEN 'tokens_per_minute'
+        WHEN least(policy.requests_per_minute, key_limits.requests_per_minute) = 0 THEN 'requests_per_minute'
+        WHEN least(policy.concurrent_streams, key_limits.concurrent_requests) = 0 THEN 'concurrent_streams'
         ELSE '' END;
     IF subject <> '' THEN RETURN; END IF;
     verdict := 'RATE';
     subject := CASE
         WHEN c.minute_requests >= policy.requests_per_minute THEN 'requests_per_minute'
+        WHEN k.minute_requests >= key_limits.requests_per_minute THEN 'key_requests_per_minute'
         WHEN c.minute_tokens + asked > policy.tokens_per_minute THEN 'tokens_per_minute'
-        WHEN c.running >= policy.max_concurrent THEN 'concurrent_requests'
-        WHEN k.running >= key_max_concurrent THEN 'key_concurrent_requests'
+        WHEN k.minute_tokens + asked > key_limits.tokens_per_minute THEN 'key_tokens_per_minute'
+        WHEN c.running >= policy.concurrent_streams THEN 'concurrent_streams'
+        WHEN k.running >= key_limits.concurrent_requests THEN 'key_concurrent_requests'
         ELSE '' END;
     IF subject <> '' THEN
         retry_after_s := CASE WHEN subject LIKE '%concurrent%' THEN 1
@@ -303,20 +311,20 @@ BEGIN
     UPDATE quota_counters SET
         minute = c.minute, minute_requests = c.minute_requests + 1, minute_tokens = c.minute_tokens + asked,
         day = c.day, day_requests = c.day_requests + 1, day_tokens = c.day_tokens + asked,
-        month = c.month, month_nanos = c.month_nanos + a_nanos, total_nanos = c.total_nanos + a_nanos, running = c.running + 1
+        day_nanos = c.day_nanos + a_nanos, running = c.running + 1, entries = c.entries + 1
     WHERE project_uid = a_project AND key_uid = nobody;
     UPDATE quota_counters SET
         minute = k.minute, minute_requests = k.minute_requests + 1, minute_tokens = k.minute_tokens + asked,
         day = k.day, day_requests = k.day_requests + 1, day_tokens = k.day_tokens + asked,
-        month = k.month, month_nanos = k.month_nanos + a_nanos, total_nanos = k.total_nanos + a_nanos, running = k.running + 1
+        day_nanos = k.day_nanos + a_nanos, running = k.running + 1
     WHERE project_uid = a_project AND key_uid = a_key;
     INSERT INTO reservations (project_uid, generation_id, request_id, key_uid, method, model, version, body_digest, tokens, nanos,
-        minute, day, month, owner, create_time)
+        minute, day, owner, create_time)
     VALUES (a_project, a_generation, a_request, a_key, a_method, a_model, a_version, a_digest, asked, a_nanos,
-        this_minute, this_day, this_month, a_owner, instant);
-    INSERT INTO ledger (project_uid, generation_id, kind, request_id, key_uid, method, model, version, body_digest,
+        this_minute, this_day, a_owner, instant);
+    INSERT INTO ledger (project_uid, generation_id, kind, entry, request_id, key_uid, method, model, version, body_digest,
         input_tokens, output_tokens, nanos, create_time)
-    VALUES (a_project, a_generation, 'RESERVE', a_request, a_key, a_method, a_model, a_version, a_digest,
+    VALUES (a_project, a_generation, 'RESERVE', c.entries + 1, a_request, a_key, a_method, a_model, a_version, a_digest,
         a_input, a_output, a_nanos, instant);
     verdict := 'OK';
 END $$
@@ -327,8 +335,7 @@ _COUNT = """
     UPDATE quota_counters SET
         minute_tokens = minute_tokens + CASE WHEN minute = was.minute THEN used - was.tokens ELSE 0 END,
         day_tokens = day_tokens + CASE WHEN day = was.day THEN used - was.tokens ELSE 0 END,
-        month_nanos = month_nanos + CASE WHEN month = was.month THEN s.nanos - was.nanos ELSE 0 END,
-        total_nanos = total_nanos + s.nanos - was.nanos,
+        day_nanos = day_nanos + CASE WHEN day = was.day THEN s.nanos - was.nanos ELSE 0 END,
         running = running - CASE WHEN was.open THEN 1 ELSE 0 END
     WHERE project_uid = s.project_uid AND key_uid = {key}
 """
@@ -342,6 +349,7 @@ DECLARE
     earlier ledger;
     used bigint;
     final_outcome text;
+    number bigint;
     written bigint := 0;
 BEGIN
     -- In the order of the locks that `reserve` takes: two batches cannot wait for each other.
@@ -354,10 +362,10 @@ BEGIN
     LOOP
         INSERT INTO quota_counters (project_uid, key_uid) VALUES (s.project_uid, nobody), (s.project_uid, s.key_uid)
         ON CONFLICT DO NOTHING;
-        PERFORM FROM quota_counters WHERE project_uid = s.project_uid AND key_uid = nobody FOR UPDATE;
+        SELECT entries INTO number FROM quota_counters WHERE project_uid = s.project_uid AND key_uid = nobody FOR UPDATE;
         used := s.input_tokens + s.output_tokens;
         DELETE FROM reservations WHERE project_uid = s.project_uid AND generation_id = s.generation_id
-        RETURNING tokens, nanos, minute, day, month, true AS open INTO was;
+        RETURNING tokens, nanos, minute, day, true AS open INTO was;
         IF NOT FOUND THEN
             CONTINUE WHEN s.swept;
             SELECT * INTO earlier FROM ledger
@@ -366,47 +374,49 @@ BEGIN
                 CONTINUE;  -- settled before
             END IF;
             IF FOUND THEN
-                INSERT INTO ledger (project_uid, generation_id, kind, request_id, key_uid, method, model, version, body_digest, outcome,
+                INSERT INTO ledger (project_uid, generation_id, kind, entry, request_id, key_uid, method, model, version, body_digest, outcome,
                     input_tokens, cached_input_tokens, output_tokens, passes, nanos, served_by)
-                VALUES (s.project_uid, s.generation_id, 'AMEND', earlier.request_id, earlier.key_uid, earlier.method, earlier.model,
+                VALUES (s.project_uid, s.generation_id, 'AMEND', number + 1, earlier.request_id, earlier.key_uid, earlier.method, earlier.model,
                     earlier.version, earlier.body_digest,
                     CASE WHEN s.outcome = 'DONE' AND EXISTS (SELECT FROM ledger WHERE project_uid = s.project_uid
                         AND request_id = earlier.request_id AND method = earlier.method AND outcome = 'DONE') THEN 'LOST' ELSE s.outcome END,
                     s.input_tokens, s.cached_input_tokens, s.output_tokens, s.passes, s.nanos, s.served_by)
-                ON CONFLICT DO NOTHING;
+                ON CONFLICT (project_uid, generation_id, kind) DO NOTHING;
                 CONTINUE WHEN NOT FOUND;
             ELSE
                 -- The reservation was spooled while the store was away, or lost with the server: it is written now.
-                INSERT INTO ledger (project_uid, generation_id, kind, request_id, key_uid, method, model, version, body_digest,
+                INSERT INTO ledger (project_uid, generation_id, kind, entry, request_id, key_uid, method, model, version, body_digest,
                     input_tokens, output_tokens, nanos)
-                VALUES (s.project_uid, s.generation_id, 'RESERVE', s.request_id, s.key_uid, s.method, s.model, s.version,
+                VALUES (s.project_uid, s.generation_id, 'RESERVE', number + 1, s.request_id, s.key_uid, s.method, s.model, s.version,
                     decode(s.body_digest, 'hex'), s.reserved_input, s.reserved_output, s.reserved_nanos)
-                ON CONFLICT DO NOTHING;
+                ON CONFLICT (project_uid, generation_id, kind) DO NOTHING;
+                number := number + 1;
             END IF;
             SELECT 0::bigint AS tokens, 0::bigint AS nanos, date_trunc('minute', clock_timestamp(), 'UTC') AS minute,
-                date_trunc('day', clock_timestamp(), 'UTC') AS day, date_trunc('month', clock_timestamp(), 'UTC') AS month,
-                false AS open INTO was;
+                date_trunc('day', clock_timestamp(), 'UTC') AS day, false AS open INTO was;
             UPDATE quota_counters SET
                 minute_requests = CASE WHEN minute < was.minute THEN 0 ELSE minute_requests END,
                 minute_tokens = CASE WHEN minute < was.minute THEN 0 ELSE minute_tokens END,
                 day_requests = CASE WHEN day < was.day THEN 0 ELSE day_requests END + 1,
                 day_tokens = CASE WHEN day < was.day THEN 0 ELSE day_tokens END,
-                month_nanos = CASE WHEN month < was.month THEN 0 ELSE month_nanos END,
-                minute = greatest(minute, was.minute), day = greatest(day, was.day), month = greatest(month, was.month)
+                day_nanos = CASE WHEN day < was.day THEN 0 ELSE day_nanos END,
+                minute = greatest(minute, was.minute), day = greatest(day, was.day)
             WHERE project_uid = s.project_uid AND key_uid IN (nobody, s.key_uid);
         END IF;
         {_COUNT.format(key="nobody")};
         {_COUNT.format(key="s.key_uid")};
         written := written + 1;
+        number := number + 1;
+        UPDATE quota_counters SET entries = number WHERE project_uid = s.project_uid AND key_uid = nobody;
         CONTINUE WHEN earlier.generation_id IS NOT DISTINCT FROM s.generation_id;  -- amended above
         final_outcome := s.outcome;
         IF s.outcome = 'DONE' AND s.request_id IS NOT NULL AND EXISTS (SELECT FROM ledger WHERE project_uid = s.project_uid
             AND request_id = s.request_id AND method = s.method AND outcome = 'DONE') THEN
             final_outcome := 'LOST';  -- ran twice while the store was away: billed as served, but an id completes once
         END IF;
-        INSERT INTO ledger (project_uid, generation_id, kind, request_id, key_uid, method, model, version, body_digest, outcome,
+        INSERT INTO ledger (project_uid, generation_id, kind, entry, request_id, key_uid, method, model, version, body_digest, outcome,
             input_tokens, cached_input_tokens, output_tokens, passes, nanos, served_by)
-        VALUES (s.project_uid, s.generation_id, 'SETTLE', s.request_id, s.key_uid, s.method, s.model, s.version,
+        VALUES (s.project_uid, s.generation_id, 'SETTLE', number, s.request_id, s.key_uid, s.method, s.model, s.version,
             decode(s.body_digest, 'hex'), final_outcome,
             s.input_tokens, s.cached_input_tokens, s.output_tokens, s.passes, s.nanos, s.served_by);
     END LOOP;

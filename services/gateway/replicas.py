@@ -1,0 +1,432 @@
+"""The inference replicas: a channel each, what they say of themselves, and places on them.
+
+Each replica has two watchers: one reads GetEngineInfo and then WatchLoad, the other Health. It takes calls while both say it may. A call
+gets a `Place` through the admission of its model, and leaves it exactly once.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from argosy.v1 import model_pb2
+from argosy_internal.engine.v1 import engine_pb2, engine_pb2_grpc
+from services.chassis.channel import open_channel, streaming
+from services.chassis.errors import NotStarted, Shed
+from services.chassis.identity import CALLER_KEY, Caller, CallerSigner
+from services.gateway import routing
+from services.gateway.admission import Admission, Ask, Waiting
+from services.gateway.catalog import Catalog, Served
+from services.gateway.settings import Placing
+
+log = logging.getLogger(__name__)
+
+AUDIENCE = "argosy.inference"  # what a pod's CallerVerifier is made with
+INFO_TIMEOUT_S = 5.0
+QUIET_S = 20.0  # an idle replica reports each 15 s
+HUNG_S = 5.0  # one that holds our calls reports each 100 ms: this silence means it is frozen
+BACKOFF_S, BACKOFF_CAP_S = 0.1, 2.0
+ABORT_TIMEOUT_S = 1.0
+GENERATE = "/argosy.internal.engine.v1.EngineService/Generate"
+# The gateway itself, where no caller is behind a call: a replica lets nobody in unsigned.
+GATEWAY = Caller(project_uid="", project="", key_id="gateway", scopes=frozenset(), request_id="", kv_scope="")
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+
+def label(address: str) -> str:
+    """What callers may know of a replica: enough to tell two apart."""
+    return hashlib.blake2b(address.encode(), digest_size=4).hexdigest()
+
+
+@dataclass(eq=False)
+class Link:
+    """One replica: its channel, its calls, its last words."""
+
+    address: str
+    channel: grpc.aio.Channel
+    replica: routing.Replica
+    served: Served | None = None
+    info: engine_pb2.EngineInfo | None = None
+    healthy: bool = True  # until Health says otherwise: a replica need not have it
+    loads: bool = False  # WatchLoad is up
+    streams: int = 0
+    unary: int = 0
+    stub: Any = None
+    generate: Any = None  # EngineService/Generate, events as bytes
+
+    def __post_init__(self) -> None:
+        self.stub = engine_pb2_grpc.EngineServiceStub(self.channel)
+        # No deserializer: the events are relayed unopened.
+        self.generate = self.channel.unary_stream(GENERATE, request_serializer=engine_pb2.GenerateRequest.SerializeToString)
+
+    def judge(self) -> None:
+        """Reachable is both watchers' word."""
+        self.replica.reachable = self.healthy and self.loads
+
+
+@dataclass(eq=False)
+class Place:
+    """A started call's place on a replica. Whoever got it calls `leave`, once."""
+
+    _pool: "Pool"
+    link: Link
+    ask: Ask
+    stream: bool
+    _number: int
+    _began: float
+    waiting: Waiting["Place"] | None = None
+    _left: bool = False
+
+    @property
+    def served_by(self) -> str:
+        """The replica's opaque label."""
+        return self.link.replica.name
+
+    def metadata(self, caller: Caller) -> Metadata:
+        """The signed caller, for a call to this place's replica."""
+        return self._pool.replicas.metadata(caller)
+
+    def started(self) -> None:
+        """The replica has queued the call: its load reports count it from here."""
+        self.link.replica.started(self._number, self._pool.now())
+
+    async def abort(self, generation_id: str) -> None:
+        """Ask the replica to end a generation; its stream then ends with the usage in its trailers. Errors are the caller's to see."""
+        await self.link.stub.Abort(
+            engine_pb2.AbortRequest(generation_ids=[generation_id]), timeout=ABORT_TIMEOUT_S, metadata=self.metadata(GATEWAY)
+        )
+
+    def move(self) -> bool:
+        """Go to another replica, after this one failed before it began. False: none is left, or the retry budget is used up."""
+        pool = self._pool
+        self.link.replica.ended(self._number, pool.now(), failed=True)
+        pool.count(self.link, self.stream, -1)
+        if not pool.replicas.retries.take():
+            self._left_replica()
+            return False
+        link = pool.choose(self.ask, self.stream, without=frozenset({self.link.replica.name}))
+        if link is None:
+            self._left_replica()
+            return False
+        self.link = link
+        self._number = link.replica.place(pool.work(self.ask), pool.now())
+        pool.count(link, self.stream, +1)
+        return True
+
+    def _left_replica(self) -> None:
+        self._number = 0  # `leave` must not end it twice
+
+    def leave(self, *, failed: bool | None, cost: float | None = None) -> None:
+        """Give the place to the next in line. `failed`: see routing.Replica.ended; `cost`: tokens it took in the end. Safe to repeat."""
+        if self._left:
+            return
+        self._left = True
+        now = self._pool.now()
+        if self._number:
+            self.link.replica.ended(self._number, now, failed=failed)
+            self._pool.count(self.link, self.stream, -1)
+        assert self.waiting is not None  # set before anybody could see the place
+        self._pool.admission(self.stream).leave(self.waiting, now - self._began, now, cost=cost)
+
+
+@dataclass(eq=False)
+class Pool:
+    """The replicas of one model, and the two budgets before them: streams and unary calls (R7)."""
+
+    replicas: "Replicas"
+    digest: str
+    _streams: Admission[Place] = field(init=False)
+    _unary: Admission[Place] = field(init=False)
+
+    def __post_init__(self) -> None:
+        queue = self.replicas.placing.queue_calls
+        self._streams = Admission(lambda ask: self._start(ask, stream=True), self._ready_s, max_queued=queue)
+        self._unary = Admission(lambda ask: self._start(ask, stream=False), self._ready_s, max_queued=queue)
+
+    def admission(self, stream: bool) -> Admission[Place]:
+        return self._streams if stream else self._unary
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def links(self) -> list[Link]:
+        return [link for link in self.replicas.links if link.served is not None and link.served.digest == self.digest]
+
+    @property
+    def alive(self) -> bool:
+        """Whether any replica could take a call now or soon."""
+        return any(link.replica.reachable and not link.replica.load.draining for link in self.links())
+
+    def count(self, link: Link, stream: bool, by: int) -> None:
+        """Keep the books of places taken."""
+        if stream:
+            link.streams += by
+        else:
+            link.unary += by
+
+    @staticmethod
+    def work(ask: Ask) -> routing.Work:
+        return routing.Work(ask.prompt_tokens, max(1, round(ask.cost) - ask.prompt_tokens))
+
+    def choose(self, ask: Ask, stream: bool, *, without: frozenset[str] = frozenset()) -> Link | None:
+        """The best replica with a free place for `ask`."""
+        placing, links = self.replicas.placing, self.links()
+        peers = [link.replica for link in links]
+        full = {
+            link.replica.name
+            for link in links
+            if (link.streams >= placing.streams_per_replica if stream else link.unary >= placing.unary_per_replica)
+            or (link.replica.in_flight and routing.start_s(link.replica, peers) > placing.start_seconds)
+        }
+        chosen = routing.choose(
+            peers, self.work(ask), self.now(), key=ask.key, salt=os.urandom(4), without=without | full, retry=bool(without)
+        )
+        return next((link for link in links if link.replica is chosen), None)
+
+    def _start(self, ask: Ask, *, stream: bool) -> Place | None:
+        link = self.choose(ask, stream)
+        if link is None:
+            return None
+        now = self.now()
+        self.count(link, stream, +1)
+        return Place(self, link, ask, stream, link.replica.place(self.work(ask), now), now)
+
+    def _ready_s(self) -> float:
+        reachable = routing.usable([link.replica for link in self.links()], self.now())
+        return min((routing.start_s(replica, reachable) for replica in reachable), default=float("inf"))
+
+    def pump(self) -> None:
+        """Room may have grown, or the last replica gone."""
+        now = self.now()
+        for admission in (self._streams, self._unary):
+            if self.alive:
+                admission.pump(now)
+            else:
+                admission.close(now)
+
+    async def enter(self, ask: Ask, *, stream: bool) -> Place:
+        """A place for `ask`, at once or after a wait.
+
+        Raises:
+            NotStarted: no replica is there.
+            Shed: none will be free in time.
+        """
+        if not self.alive:
+            raise NotStarted()
+        loop = asyncio.get_running_loop()
+        told: asyncio.Future[None] = loop.create_future()
+        admission = self.admission(stream)
+        waiting = admission.offer(ask, loop.time(), lambda: told.done() or told.set_result(None))  # type: ignore[func-returns-value]
+        if waiting.placement is not None:
+            waiting.placement.waiting = waiting
+            self.replicas.retries.attempted()
+            return waiting.placement
+        try:
+            await asyncio.wait_for(told, max(0.0, ask.latest_start - loop.time()))
+        except TimeoutError:
+            pass  # judged below: it may have started in the same turn of the loop
+        except BaseException:
+            admission.withdraw(waiting)
+            if waiting.placement is not None:
+                waiting.placement.waiting = waiting
+                waiting.placement.leave(failed=None)
+            raise
+        admission.withdraw(waiting)
+        if waiting.placement is None:
+            raise NotStarted() if not self.alive else waiting.refusal or Shed()
+        waiting.placement.waiting = waiting
+        self.replicas.retries.attempted()
+        return waiting.placement
+
+
+class Replicas:
+    """All replicas of a static list. Use `watching()`; it closes the channels."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        placing: Placing,
+        signer: CallerSigner,
+        credentials: grpc.ChannelCredentials | None = None,
+        interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
+        changed: Callable[[bool], Awaitable[None]] | None = None,
+    ) -> None:
+        """`changed(any reachable)` is awaited when the fleet becomes usable or stops being so."""
+        self.placing = placing
+        self.retries = routing.RetryBudget()
+        self.catalog = Catalog()
+        self._signer = signer
+        self._changed = changed
+        self._usable = False
+        self._pools: dict[str, Pool] = {}
+        self.links = [
+            Link(address, open_channel(address, credentials=credentials, interceptors=interceptors), routing.Replica(label(address)))
+            for address in addresses
+        ]
+
+    def metadata(self, caller: Caller) -> Metadata:
+        """The signed caller for one call."""
+        return ((CALLER_KEY, self._signer.sign(caller, AUDIENCE, time.time())),)
+
+    def resolve(self, name: str, allowed: Iterable[str]) -> Served:
+        """Like Catalog.resolve, but NotStarted while no replica has ever been seen: nothing is known yet."""
+        if not any(link.served for link in self.links):
+            raise NotStarted()
+        return self.catalog.resolve(name, allowed)
+
+    def ready(self, served: Served) -> int:
+        """Replicas that could take a call for this model now."""
+        return sum(link.replica.reachable and not link.replica.load.draining for link in self.pool(served.digest).links())
+
+    def pool(self, digest: str) -> Pool:
+        return self._pools.setdefault(digest, Pool(self, digest))
+
+    async def enter(self, served: Served, ask: Ask, *, stream: bool) -> Place:
+        """See Pool.enter."""
+        return await self.pool(served.digest).enter(ask, stream=stream)
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator["Replicas"]:
+        """Watch every replica while inside."""
+        watchers = [asyncio.create_task(watch(link)) for link in self.links for watch in (self._watch_load, self._watch_health)]
+        try:
+            yield self
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
+            for link in self.links:
+                await link.channel.close()
+
+    async def _judge(self, link: Link) -> None:
+        link.judge()
+        usable = any(each.replica.reachable for each in self.links)
+        if usable != self._usable:
+            self._usable = usable
+            if self._changed is not None:
+                await self._changed(usable)
+        if link.served is not None:
+            self.pool(link.served.digest).pump()
+
+    async def _watch_load(self, link: Link) -> None:
+        failures = 0
+        while True:
+            try:
+                info = await link.stub.GetEngineInfo(
+                    engine_pb2.GetEngineInfoRequest(), timeout=INFO_TIMEOUT_S, metadata=self.metadata(GATEWAY)
+                )
+                link.info, link.served = info, served_from(info)
+                self.catalog.serves(link.replica.name, link.served)
+                async with streaming(link.stub.WatchLoad(engine_pb2.WatchLoadRequest(), metadata=self.metadata(GATEWAY))) as loads:
+                    while (load := await self._next_load(link, loads)) is not grpc.aio.EOF:
+                        failures = 0
+                        link.replica.report(load_from(load), asyncio.get_running_loop().time())
+                        if not link.loads:
+                            log.info("replica %s serves %s", link.replica.name, link.served.name)
+                        link.loads = True
+                        await self._judge(link)
+            except (grpc.aio.AioRpcError, TimeoutError) as error:
+                if link.loads:
+                    log.warning("replica %s is gone: %s", link.replica.name, _word(error))
+            link.loads = False
+            await self._judge(link)
+            failures += 1
+            await asyncio.sleep(_backoff(failures))
+
+    async def _next_load(self, link: Link, loads: Any) -> Any:
+        """The next report; TimeoutError when it stays out for longer than a live replica would let it."""
+        read = asyncio.ensure_future(loads.read())
+        try:
+            quiet = 0.0
+            while not (await asyncio.wait({read}, timeout=HUNG_S))[0]:
+                quiet += HUNG_S
+                if quiet >= QUIET_S or _waits_since(link.replica, asyncio.get_running_loop().time() - HUNG_S):
+                    raise TimeoutError
+            return await read
+        finally:
+            if not read.done():
+                read.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await read
+
+    async def _watch_health(self, link: Link) -> None:
+        failures = 0
+        stub = health_pb2_grpc.HealthStub(link.channel)
+        while True:
+            try:
+                async with streaming(stub.Watch(health_pb2.HealthCheckRequest(service="ready"))) as states:
+                    async for state in states:
+                        failures = 0
+                        link.healthy = state.status == health_pb2.HealthCheckResponse.SERVING
+                        await self._judge(link)
+            except grpc.aio.AioRpcError as error:
+                # Unreachable is the load watcher's to say; a server without Health must not count as ill.
+                link.healthy = link.healthy or error.code() is grpc.StatusCode.UNIMPLEMENTED
+            failures += 1
+            await asyncio.sleep(_backoff(failures))
+
+
+def _waits_since(replica: routing.Replica, moment: float) -> bool:
+    """Whether it holds a call that was sent before `moment`: then it owes us reports."""
+    return any(placed.at < moment for placed in replica.in_flight.values())
+
+
+def _backoff(failures: int) -> float:
+    """Seconds, jittered, doubled each time up to the cap."""
+    return min(BACKOFF_CAP_S, BACKOFF_S * 2.0 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0)
+
+
+def _word(error: Exception) -> str:
+    return error.code().name if isinstance(error, grpc.aio.AioRpcError) else "silent"
+
+
+def load_from(load: engine_pb2.EngineLoad) -> routing.Load:
+    """The message as a value."""
+    return routing.Load(
+        queued_tokens=load.queued_tokens,
+        running_tokens=load.running_tokens,
+        waiting_sequences=load.waiting_sequences,
+        running_sequences=load.running_sequences,
+        prefill_tokens_per_s=load.prefill_tokens_per_second,
+        decode_tokens_per_s=load.decode_tokens_per_second,
+        draining=load.draining,
+    )
+
+
+def served_from(info: engine_pb2.EngineInfo) -> Served:
+    """What a replica serves, with the public description of its model."""
+    model = model_pb2.Model(
+        name=info.model,
+        uid=info.base_digest,
+        base_digest=info.base_digest,
+        capabilities=info.capabilities,
+        context_tokens=info.context_tokens,
+        vocabulary_size=info.vocabulary_size,
+        embedding_dimensions=info.embedding_dimensions,
+        default_config=info.default_config,
+        architecture=info.architecture,
+    )
+    return Served(
+        name=info.model,
+        digest=info.base_digest,
+        context_tokens=info.context_tokens,
+        capabilities=frozenset(
+            model_pb2.ModelCapability.Name(capability).removeprefix("MODEL_CAPABILITY_")
+            for capability in info.capabilities
+            if capability in model_pb2.ModelCapability.values()  # a newer replica may know more
+        ),
+        description=model.SerializeToString(),
+    )

@@ -1,0 +1,34 @@
+"""From a service's descriptor and an object with its methods to handlers. GenerationEvents leave as the bytes they arrived as."""
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.descriptor import ServiceDescriptor
+
+EVENT = "argosy.v1.GenerationEvent"
+
+
+def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
+    """One handler a method that `servicer` has; a method it lacks is UNIMPLEMENTED. None here streams requests."""
+    table: dict[str, grpc.RpcMethodHandler] = {}
+    for method in service.methods:
+        handler = getattr(servicer, method.name, None)
+        if handler is None:
+            continue
+        parse = message_factory.GetMessageClass(method.input_type).FromString
+        if method.server_streaming:
+            write: Callable[[Any], bytes] = _as_it_is if method.output_type.full_name == EVENT else _serialize
+            table[method.name] = grpc.unary_stream_rpc_method_handler(handler, parse, write)
+        else:
+            table[method.name] = grpc.unary_unary_rpc_method_handler(handler, parse, _serialize)
+    return grpc.method_handlers_generic_handler(service.full_name, table)
+
+
+def _as_it_is(event: bytes) -> bytes:
+    return event
+
+
+def _serialize(message: Any) -> bytes:
+    return bytes(message.SerializeToString())

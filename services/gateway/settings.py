@@ -1,0 +1,37 @@
+"""The gateway's variables; `services.chassis.settings.read` fills them from the environment."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.chassis.server import Listener
+
+
+@dataclass(frozen=True)
+class Placing:
+    """How calls are placed on replicas."""
+
+    streams_per_replica: int = field(default=256, metadata={"minimum": 1})  # running at once, from this gateway
+    unary_per_replica: int = field(default=64, metadata={"minimum": 1})
+    queue_calls: int = field(default=1_024, metadata={"minimum": 0})  # waiting at once, a model and budget; time bounds it first
+    queue_seconds: float = field(default=14.0, metadata={"minimum": 0.0})  # no caller hears nothing for longer than 15 s
+    start_seconds: float = field(default=0.2, metadata={"minimum": 0.0})  # a replica predicted to begin later gets no more for now
+    attempt_seconds: float = field(default=5.0, metadata={"minimum": 0.1})  # a replica that has not accepted by then is passed over
+    write_stall_seconds: float = field(default=30.0, metadata={"minimum": 0.1})  # A4
+    output_token_ceiling: int = field(default=4_096, metadata={"minimum": 1})  # of one output, where project and key set none
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """One gateway process."""
+
+    listener: Listener = Listener()
+    placing: Placing = Placing()
+    inference_addresses: tuple[str, ...] = ()  # host:port of each replica
+    inference_ca: Path | None = None  # PEM; without it replicas must be on this machine
+    inference_certificate: Path | None = None  # PEM, what we show to replicas
+    inference_private_key: Path | None = None
+    caller_signing_key: Path | None = None  # PEM, Ed25519; signs the caller for the replicas
+    caller_signing_kid: str = "gateway"
+    database_url: str = ""
+    key_pepper: str = field(default="", repr=False)  # secret of the API keys' hashes
+    metrics_address: str = "127.0.0.1:0"  # Prometheus; empty: none
