@@ -1,0 +1,48 @@
+/* What the kernels are told: plain C structures, mirrored field by field in layout.py. All pointers are borrowed.
+ *
+ * A "word" is 4 bytes: two bfloat16 or one float32. Every layout below is in words, so one source serves both element types:
+ *   packed matrix  [outputs / 64][inputs in words][64] words: 64 outputs of one pair of inputs lie side by side
+ *   key pool       [blocks][kv_heads][head_dim in words][16] words: 16 keys side by side
+ *   value pool     [blocks][kv_heads][16 keys in words][head_dim] words
+ */
+#include <stdint.h>
+
+enum { BLOCK = 16, GROUP = 64 };
+
+typedef struct {
+    const void *qkv, *o, *gate_up, *down; /* packed; gate_up: 32 gates, their 32 ups, and so on */
+    const float *qkv_bias, *o_bias;       /* NULL: none */
+    const float *input_norm, *attention_norm, *feed_norm, *after_norm; /* attention_norm, after_norm: of a sandwich, else NULL */
+    const float *q_norm, *k_norm;         /* over a head; NULL: none */
+    void *keys, *values;
+    int64_t window; /* tokens a query sees, itself included; 0: all */
+    int64_t rope;   /* which table */
+} Layer;
+
+typedef struct {
+    int64_t hidden, heads, kv_heads, head_dim, inner, layers, vocabulary; /* inner: padded to 32 */
+    int64_t activation; /* 0: SiLU; 1: GELU by tanh */
+    int64_t wide;       /* 1: float32 elements; 0: bfloat16 */
+    float epsilon, score_scale, score_cap, embedding_scale; /* score_cap 0: none */
+    const void *embedding, *head; /* row-major [vocabulary][hidden] */
+    const float *final_norm;
+    const Layer *layer;
+} Model;
+
+typedef struct {
+    int64_t count, sequences, table_width, selected;
+    const int64_t *tokens, *slots, *select;
+    const int64_t *positions;
+    const int32_t *rows, *lengths, *tables;
+    const float *cosines[2], *sines[2]; /* [position][head_dim / 2] */
+    float *out;                         /* [selected][hidden] */
+} Step;
+
+/* int8 screening of the output matrix. Quantised: weight row n is scale[n] * q[n]; see screen.h for the bound. */
+typedef struct {
+    const int8_t *packed;     /* [vocabulary / 64][hidden / 4][64][4] */
+    const int32_t *offset;    /* -128 * sum of q[n]: takes back the unsigned activations' offset */
+    const float *scale;       /* [vocabulary] */
+    const float *rest, *norm; /* length of the quantisation's rest; of the row */
+    const float *column;      /* [hidden]: activations are divided by it, weights were multiplied */
+} Screen;

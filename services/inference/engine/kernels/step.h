@@ -1,0 +1,477 @@
+/* One step of a decoder-only model. Included twice: WIDE 0 for bfloat16 elements, WIDE 1 for float32.
+ *
+ * Every output is accumulated in float32 in one order that depends on nothing but its own row: a token's numbers are the same bits alone,
+ * in any batch, in any chunk of its prompt and on any number of threads.
+ */
+#if WIDE
+#define NAME(x) x##_float
+typedef float NAME(Element);
+#define PAIR 1
+#define DOT(sum, a, b) _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum)
+#else
+#define NAME(x) x##_bfloat
+typedef uint16_t NAME(Element);
+#define PAIR 2
+#ifdef __AVX512BF16__
+#define DOT(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
+#else
+#define DOT(sum, a, b) \
+    _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), \
+                    _mm512_fmadd_ps(high_halves(a), high_halves(b), sum))
+#endif
+#endif
+#define Element NAME(Element)
+#define WORDS(elements) ((elements) / PAIR)
+
+static INLINE void NAME(put16)(Element *to, __m512 v) {
+#if WIDE
+    _mm512_storeu_ps(to, v);
+#else
+    _mm256_storeu_si256((__m256i *)to, narrow16(v));
+#endif
+}
+
+static INLINE __m512 NAME(get16)(const Element *from) {
+#if WIDE
+    return _mm512_loadu_ps(from);
+#else
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
+#endif
+}
+
+/* to[16 * n] = from / rms(from) * weight */
+static void NAME(normalise)(Element *to, const float *from, const float *weight, long n, float epsilon) {
+    __m512 factor = _mm512_set1_ps(inverse_rms(from, n, epsilon));
+    for (long i = 0; i < n; i += 16)
+        NAME(put16)(to + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(from + i), factor), _mm512_loadu_ps(weight + i)));
+}
+
+/* ---- packed matrix products ---- */
+
+typedef struct {
+    const uint32_t *weights; /* packed */
+    const Element *from;     /* [rows][stride] */
+    long rows, stride, words; /* stride in elements */
+    const float *bias;
+    float *to; /* [rows][to_stride]; or NULL: activated into `inner` */
+    long to_stride;
+    Element *inner;
+    long activation;
+} NAME(Product);
+
+static INLINE void NAME(tile)(const int R, const uint32_t *w, const uint32_t *x, long stride, long words, float out[TILE_ROWS][GROUP]) {
+    __m512 sum[TILE_ROWS][4];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < 4; n++) sum[r][n] = _mm512_setzero_ps();
+    for (long k = 0; k < words; k++, w += GROUP) {
+        __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 16), w2 = _mm512_load_si512(w + 32), w3 = _mm512_load_si512(w + 48);
+        UNROLL for (int r = 0; r < R; r++) {
+            __m512i both = _mm512_set1_epi32((int)x[r * stride + k]);
+            sum[r][0] = DOT(sum[r][0], w0, both);
+            sum[r][1] = DOT(sum[r][1], w1, both);
+            sum[r][2] = DOT(sum[r][2], w2, both);
+            sum[r][3] = DOT(sum[r][3], w3, both);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < 4; n++) _mm512_storeu_ps(out[r] + 16 * n, sum[r][n]);
+}
+
+/* 64 outputs of every row */
+static void NAME(multiply)(void *with, long group, int worker) {
+    const NAME(Product) *p = with;
+    const uint32_t *w = p->weights + (size_t)group * p->words * GROUP;
+    (void)worker;
+    float out[TILE_ROWS][GROUP];
+    for (long row = 0; row < p->rows;) {
+        long left = p->rows - row;
+        int R = (int)(left >= TILE_ROWS ? TILE_ROWS : left);
+        const uint32_t *x = (const uint32_t *)(p->from + row * p->stride);
+        long stride = WORDS(p->stride);
+        switch (R) {
+            case 1: NAME(tile)(1, w, x, stride, p->words, out); break;
+            case 2: NAME(tile)(2, w, x, stride, p->words, out); break;
+            case 3: NAME(tile)(3, w, x, stride, p->words, out); break;
+            case 4: NAME(tile)(4, w, x, stride, p->words, out); break;
+            case 5: NAME(tile)(5, w, x, stride, p->words, out); break;
+            default: NAME(tile)(6, w, x, stride, p->words, out);
+        }
+        for (int r = 0; r < R; r++) {
+            if (p->to) {
+                float *to = p->to + (row + r) * p->to_stride + group * GROUP;
+                for (int n = 0; n < GROUP; n += 16) {
+                    __m512 v = _mm512_loadu_ps(out[r] + n);
+                    if (p->bias) v = _mm512_add_ps(v, _mm512_loadu_ps(p->bias + group * GROUP + n));
+                    _mm512_storeu_ps(to + n, v);
+                }
+            } else {
+                Element *to = p->inner + (row + r) * p->to_stride + group * (GROUP / 2);
+                for (int n = 0; n < GROUP / 2; n += 16) {
+                    __m512 gate = _mm512_loadu_ps(out[r] + n), up = _mm512_loadu_ps(out[r] + GROUP / 2 + n);
+                    NAME(put16)(to + n, _mm512_mul_ps(p->activation ? gelu(gate) : silu(gate), up));
+                }
+            }
+        }
+        row += R;
+    }
+}
+
+/* ---- the step ---- */
+
+typedef struct {
+    const Model *model;
+    const Layer *layer, *next;
+    const Step *step;
+    long width;   /* of a row of qkv */
+    long padded;  /* hidden, padded to 64 */
+    float *x;     /* residual [count][hidden] */
+    float *y;     /* [count][max(padded)] */
+    float *qkv;   /* [count][width] */
+    Element *in;  /* normalised input [count][hidden] */
+    Element *q, *attended; /* [count][heads * head_dim] */
+    Element *inner;        /* [count][inner] */
+    const Span *spans;
+    const uint8_t *fresh; /* [count]: the last token of its row, in a block that this step began */
+    float *own;   /* scratch of each worker */
+    long own_size;
+} NAME(Pass);
+
+#define ROWS_AT_ONCE 4 /* an item of the row-wise phases */
+
+static void NAME(enter)(void *with, long item, int worker) {
+    const NAME(Pass) *p = with;
+    const Model *m = p->model;
+    (void)worker;
+    for (long t = item * ROWS_AT_ONCE; t < p->step->count && t < (item + 1) * ROWS_AT_ONCE; t++) {
+        const Element *row = (const Element *)m->embedding + (size_t)p->step->tokens[t] * m->hidden;
+        float *x = p->x + t * m->hidden;
+        for (long i = 0; i < m->hidden; i += 16)
+            _mm512_storeu_ps(x + i, _mm512_mul_ps(NAME(get16)(row + i), _mm512_set1_ps(m->embedding_scale)));
+        NAME(normalise)(p->in + t * m->hidden, x, p->layer->input_norm, m->hidden, m->epsilon);
+    }
+}
+
+/* x += y, normalised first where the layer has a norm there */
+static INLINE void NAME(add)(float *x, const float *y, const float *weight, long n, float epsilon) {
+    __m512 factor = weight ? _mm512_set1_ps(inverse_rms(y, n, epsilon)) : _mm512_setzero_ps();
+    for (long i = 0; i < n; i += 16) {
+        __m512 v = _mm512_loadu_ps(y + i);
+        if (weight) v = _mm512_mul_ps(_mm512_mul_ps(v, factor), _mm512_loadu_ps(weight + i));
+        _mm512_storeu_ps(x + i, _mm512_add_ps(_mm512_loadu_ps(x + i), v));
+    }
+}
+
+static void NAME(after_attention)(void *with, long item, int worker) {
+    const NAME(Pass) *p = with;
+    const Model *m = p->model;
+    (void)worker;
+    for (long t = item * ROWS_AT_ONCE; t < p->step->count && t < (item + 1) * ROWS_AT_ONCE; t++) {
+        float *x = p->x + t * m->hidden;
+        NAME(add)(x, p->y + t * p->padded, p->layer->attention_norm, m->hidden, m->epsilon);
+        NAME(normalise)(p->in + t * m->hidden, x, p->layer->feed_norm, m->hidden, m->epsilon);
+    }
+}
+
+static void NAME(after_feed)(void *with, long item, int worker) {
+    const NAME(Pass) *p = with;
+    const Model *m = p->model;
+    (void)worker;
+    for (long t = item * ROWS_AT_ONCE; t < p->step->count && t < (item + 1) * ROWS_AT_ONCE; t++) {
+        float *x = p->x + t * m->hidden;
+        NAME(add)(x, p->y + t * p->padded, p->layer->after_norm, m->hidden, m->epsilon);
+        if (p->next) NAME(normalise)(p->in + t * m->hidden, x, p->next->input_norm, m->hidden, m->epsilon);
+    }
+}
+
+/* head norm and rotation of one head, in place */
+static INLINE void NAME(turn)(float *head, const float *weight, const float *cosine, const float *sine, long n, float epsilon) {
+    if (weight) {
+        __m512 factor = _mm512_set1_ps(inverse_rms(head, n, epsilon));
+        for (long i = 0; i < n; i += 16)
+            _mm512_storeu_ps(head + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(head + i), factor), _mm512_loadu_ps(weight + i)));
+    }
+    long half = n / 2;
+    for (long i = 0; i < half; i += 16) {
+        __mmask16 on = half - i >= 16 ? 0xffff : (__mmask16)((1u << (half - i)) - 1);
+        __m512 a = _mm512_maskz_loadu_ps(on, head + i), b = _mm512_maskz_loadu_ps(on, head + half + i);
+        __m512 c = _mm512_maskz_loadu_ps(on, cosine + i), s = _mm512_maskz_loadu_ps(on, sine + i);
+        _mm512_mask_storeu_ps(head + i, on, _mm512_sub_ps(_mm512_mul_ps(a, c), _mm512_mul_ps(b, s)));
+        _mm512_mask_storeu_ps(head + half + i, on, _mm512_add_ps(_mm512_mul_ps(b, c), _mm512_mul_ps(a, s)));
+    }
+}
+
+/* one token's heads: normalise, rotate, and write keys and values to their slot */
+static void NAME(place)(void *with, long t, int worker) {
+    const NAME(Pass) *p = with;
+    const Model *m = p->model;
+    const Step *s = p->step;
+    const long d = m->head_dim;
+    (void)worker;
+    const float *cosine = s->cosines[p->layer->rope] + s->positions[t] * (d / 2), *sine = s->sines[p->layer->rope] + s->positions[t] * (d / 2);
+    float *row = p->qkv + t * p->width;
+    for (long h = 0; h < m->heads; h++) {
+        NAME(turn)(row + h * d, p->layer->q_norm, cosine, sine, d, m->epsilon);
+        for (long i = 0; i < d; i += 16) NAME(put16)(p->q + (t * m->heads + h) * d + i, _mm512_loadu_ps(row + h * d + i));
+    }
+    const long block = s->slots[t] / BLOCK, offset = s->slots[t] % BLOCK;
+    Element narrow[MAX_HEAD];
+    for (long h = 0; h < m->kv_heads; h++) {
+        float *key = row + (m->heads + h) * d, *value = row + (m->heads + m->kv_heads + h) * d;
+        NAME(turn)(key, p->layer->k_norm, cosine, sine, d, m->epsilon);
+        for (long i = 0; i < d; i += 16) NAME(put16)(narrow + i, _mm512_loadu_ps(key + i));
+        uint32_t *keys = (uint32_t *)p->layer->keys + (size_t)(block * m->kv_heads + h) * WORDS(d) * BLOCK + offset;
+        for (long w = 0; w < WORDS(d); w++) keys[w * BLOCK] = ((const uint32_t *)narrow)[w];
+        for (long i = 0; i < d; i += 16) NAME(put16)(narrow + i, _mm512_loadu_ps(value + i));
+        Element *values = (Element *)p->layer->values + (size_t)(block * m->kv_heads + h) * d * BLOCK;
+        Element *at = values + (offset / PAIR) * d * PAIR + offset % PAIR;
+        for (long i = 0; i < d; i++) at[i * PAIR] = narrow[i];
+        /* What an earlier owner left behind the last token may be NaN, and 0 * NaN is NaN: a fresh block is cleared behind it. */
+        if (p->fresh[t])
+            for (long o = offset + 1; o < BLOCK; o++)
+                for (long i = 0; i < d; i++) values[(o / PAIR) * d * PAIR + i * PAIR + o % PAIR] = 0;
+    }
+}
+
+static INLINE void NAME(scores)(const int R, float (*out)[2 * BLOCK], const uint32_t *const *q, const uint32_t *keys, long words) {
+    __m512 sum[8];
+    UNROLL for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
+    for (long w = 0; w < words; w++) {
+        __m512i k = _mm512_loadu_si512(keys + w * BLOCK);
+        UNROLL for (int r = 0; r < R; r++) sum[r] = DOT(sum[r], k, _mm512_set1_epi32((int)q[r][w]));
+    }
+    UNROLL for (int r = 0; r < R; r++) _mm512_storeu_ps(out[r], sum[r]);
+}
+
+/* out[r][0..16*N) = out * alpha + weights of 16 or 32 keys times their values */
+static INLINE void NAME(mix)(const int R, const int N, float *out, long d, const float *alpha, const uint32_t (*weights)[2 * BLOCK],
+                             const uint32_t *const *values) {
+    __m512 sum[4][4];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < N; n++) sum[r][n] = _mm512_mul_ps(_mm512_loadu_ps(out + r * d + 16 * n), _mm512_set1_ps(alpha[r]));
+    for (int half = 0; half < 2; half++) {
+        if (!values[half]) continue;
+        for (int k = 0; k < BLOCK / PAIR; k++) {
+            const uint32_t *v = values[half] + k * d;
+            __m512i part[4];
+            UNROLL for (int n = 0; n < N; n++) part[n] = _mm512_loadu_si512(v + 16 * n);
+            UNROLL for (int r = 0; r < R; r++) {
+                __m512i weight = _mm512_set1_epi32((int)weights[r][half * (BLOCK / PAIR) + k]);
+                UNROLL for (int n = 0; n < N; n++) sum[r][n] = DOT(sum[r][n], part[n], weight);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < N; n++) _mm512_storeu_ps(out + r * d + 16 * n, sum[r][n]);
+}
+
+/* A few neighbouring queries of one sequence against all their keys, 32 at a time from a multiple of 32: the same steps for every tiling. */
+static void NAME(attend)(void *with, long item, int worker) {
+    const NAME(Pass) *p = with;
+    const Model *m = p->model;
+    const Step *s = p->step;
+    const Span span = p->spans[item / m->kv_heads];
+    const long kv_head = item % m->kv_heads, d = m->head_dim, group = m->heads / m->kv_heads, rows = span.count * group;
+    const long window = p->layer->window, last = span.position + span.count - 1;
+    const long first = window && span.position >= window ? span.position - window + 1 : 0;
+    const int32_t *table = s->tables + span.sequence * s->table_width;
+    const size_t stride = (size_t)d * BLOCK / PAIR; /* words of one block and head */
+    float *out = p->own + worker * p->own_size;
+    float top[SPAN_ROWS], total[SPAN_ROWS], alpha[SPAN_ROWS], score[SPAN_ROWS][2][2 * BLOCK];
+    uint32_t weight[SPAN_ROWS][2 * BLOCK];
+    const uint32_t *q[SPAN_ROWS];
+    for (long r = 0; r < rows; r++) {
+        q[r] = (const uint32_t *)(p->q + ((span.token + r / group) * m->heads + kv_head * group + r % group) * d);
+        top[r] = -INFINITY;
+        total[r] = 0;
+    }
+    memset(out, 0, (size_t)(rows * d) * sizeof *out);
+    for (long base = first / (2 * BLOCK) * (2 * BLOCK); base <= last; base += 2 * BLOCK) {
+        const uint32_t *values[2] = {NULL, NULL};
+        for (int half = 0; half < 2; half++) {
+            const long from = base + half * BLOCK;
+            if (from > last || from + BLOCK <= first) continue;
+            const size_t at = ((size_t)table[from / BLOCK] * m->kv_heads + kv_head) * stride;
+            const uint32_t *keys = (const uint32_t *)p->layer->keys + at;
+            values[half] = (const uint32_t *)p->layer->values + at;
+            long r = 0;
+            float got[8][2 * BLOCK];
+            while (r < rows) {
+                long left = rows - r;
+                int R = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                if (R == 8) NAME(scores)(8, got, q + r, keys, WORDS(d));
+                else if (R == 4) NAME(scores)(4, got, q + r, keys, WORDS(d));
+                else if (R == 2) NAME(scores)(2, got, q + r, keys, WORDS(d));
+                else NAME(scores)(1, got, q + r, keys, WORDS(d));
+                for (int i = 0; i < R; i++) memcpy(score[r + i][half], got[i], BLOCK * sizeof(float));
+                r += R;
+            }
+        }
+        for (long r = 0; r < rows; r++) {
+            const long position = span.position + r / group, oldest = window ? position - window + 1 : 0;
+            __m512 v[2];
+            __mmask16 seen[2];
+            float best = top[r];
+            for (int half = 0; half < 2; half++) {
+                const long from = base + half * BLOCK;
+                seen[half] = values[half] ? lanes_between(oldest - from, position - from) : 0;
+                v[half] = _mm512_setzero_ps();
+                if (!seen[half]) continue;
+                v[half] = _mm512_mul_ps(_mm512_loadu_ps(score[r][half]), _mm512_set1_ps(m->score_scale));
+                if (m->score_cap > 0)
+                    v[half] = _mm512_mul_ps(tanh16(_mm512_div_ps(v[half], _mm512_set1_ps(m->score_cap))), _mm512_set1_ps(m->score_cap));
+                float high = _mm512_mask_reduce_max_ps(seen[half], v[half]);
+                best = high > best ? high : best;
+            }
+            if (!(seen[0] | seen[1])) {
+                alpha[r] = 1;
+                memset(weight[r], 0, sizeof weight[r]);
+                continue;
+            }
+            alpha[r] = top[r] == -INFINITY ? 0 : first_lane(exp16(_mm512_set1_ps(top[r] - best)));
+            Element narrow[2 * BLOCK];
+            float sum = 0;
+            for (int half = 0; half < 2; half++) {
+                __m512 e = _mm512_maskz_mov_ps(seen[half], exp16(_mm512_sub_ps(v[half], _mm512_set1_ps(best))));
+                sum += sum16(e);
+                NAME(put16)(narrow + half * BLOCK, e);
+            }
+            memcpy(weight[r], narrow, sizeof narrow);
+            total[r] = total[r] * alpha[r] + sum;
+            top[r] = best;
+        }
+        for (long r = 0; r < rows;) {
+            int R = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
+            long i = 0;
+            float *at = out + r * d;
+            const uint32_t(*w)[2 * BLOCK] = (const uint32_t(*)[2 * BLOCK])weight + r;
+            for (; i + 64 <= d; i += 64) {
+                const uint32_t *v[2] = {values[0] ? values[0] + i : NULL, values[1] ? values[1] + i : NULL};
+                if (R == 4) NAME(mix)(4, 4, at + i, d, alpha + r, w, v);
+                else if (R == 2) NAME(mix)(2, 4, at + i, d, alpha + r, w, v);
+                else NAME(mix)(1, 4, at + i, d, alpha + r, w, v);
+            }
+            for (; i < d; i += 16) {
+                const uint32_t *v[2] = {values[0] ? values[0] + i : NULL, values[1] ? values[1] + i : NULL};
+                if (R == 4) NAME(mix)(4, 1, at + i, d, alpha + r, w, v);
+                else if (R == 2) NAME(mix)(2, 1, at + i, d, alpha + r, w, v);
+                else NAME(mix)(1, 1, at + i, d, alpha + r, w, v);
+            }
+            r += R;
+        }
+    }
+    for (long r = 0; r < rows; r++) {
+        Element *to = p->attended + ((span.token + r / group) * m->heads + kv_head * group + r % group) * d;
+        for (long i = 0; i < d; i += 16) NAME(put16)(to + i, _mm512_div_ps(_mm512_loadu_ps(out + r * d + i), _mm512_set1_ps(total[r])));
+    }
+}
+
+static void NAME(run)(Crew *crew, const Model *m, const Step *s, const Span *spans, long span_count, const uint8_t *fresh, char *at) {
+    const long T = s->count, rows = T, d = m->head_dim, in_rows = (T + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    NAME(Pass) p = {.model = m, .step = s, .spans = spans, .fresh = fresh};
+    p.width = padded_to(GROUP, (m->heads + 2 * m->kv_heads) * d);
+    p.padded = padded_to(GROUP, m->hidden);
+    p.own_size = SPAN_ROWS * d;
+    p.x = take_room(&at, rows * m->hidden * sizeof(float));
+    p.y = take_room(&at, rows * p.padded * sizeof(float));
+    p.qkv = take_room(&at, rows * p.width * sizeof(float));
+    p.in = take_room(&at, rows * m->hidden * sizeof(Element));
+    p.q = take_room(&at, rows * m->heads * d * sizeof(Element));
+    p.attended = take_room(&at, rows * m->heads * d * sizeof(Element));
+    p.inner = take_room(&at, rows * m->inner * sizeof(Element));
+    p.own = take_room(&at, crew->threads * p.own_size * sizeof(float));
+    p.layer = m->layer;
+    share(crew, in_rows, NAME(enter), &p);
+    for (long l = 0; l < m->layers; l++) {
+        const Layer *layer = p.layer = m->layer + l;
+        p.next = l + 1 < m->layers ? layer + 1 : NULL;
+        NAME(Product) qkv = {.weights = layer->qkv, .from = p.in, .rows = T, .stride = m->hidden, .words = WORDS(m->hidden),
+                             .bias = layer->qkv_bias, .to = p.qkv, .to_stride = p.width};
+        share(crew, p.width / GROUP, NAME(multiply), &qkv);
+        share(crew, T, NAME(place), &p);
+        share(crew, span_count * m->kv_heads, NAME(attend), &p);
+        NAME(Product) o = {.weights = layer->o, .from = p.attended, .rows = T, .stride = m->heads * d, .words = WORDS(m->heads * d),
+                           .bias = layer->o_bias, .to = p.y, .to_stride = p.padded};
+        share(crew, p.padded / GROUP, NAME(multiply), &o);
+        share(crew, in_rows, NAME(after_attention), &p);
+        NAME(Product) feed = {.weights = layer->gate_up, .from = p.in, .rows = T, .stride = m->hidden, .words = WORDS(m->hidden),
+                              .inner = p.inner, .to_stride = m->inner, .activation = m->activation};
+        share(crew, m->inner / (GROUP / 2), NAME(multiply), &feed);
+        NAME(Product) down = {.weights = layer->down, .from = p.inner, .rows = T, .stride = m->inner, .words = WORDS(m->inner),
+                              .to = p.y, .to_stride = p.padded};
+        share(crew, p.padded / GROUP, NAME(multiply), &down);
+        share(crew, in_rows, NAME(after_feed), &p);
+    }
+    for (long i = 0; i < s->selected; i++) {
+        const float *x = p.x + s->select[i] * m->hidden;
+        __m512 factor = _mm512_set1_ps(inverse_rms(x, m->hidden, m->epsilon));
+        for (long j = 0; j < m->hidden; j += 16)
+            _mm512_storeu_ps(s->out + i * m->hidden + j, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + j), factor), _mm512_loadu_ps(m->final_norm + j)));
+    }
+}
+
+/* ---- the output matrix, row-major: logits[row][n] ---- */
+
+typedef struct {
+    const Element *weights, *from; /* [vocabulary][hidden]; [rows][hidden] */
+    long rows, hidden, vocabulary;
+    float cap, *to;
+} NAME(Head);
+
+/* R rows by 4 outputs; the tail past a multiple of 16 words is masked */
+static INLINE void NAME(dots)(const int R, const int N, const uint32_t *w, const uint32_t *x, long words, float out[TILE_ROWS][4]) {
+    __m512 sum[TILE_ROWS][4];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < N; n++) sum[r][n] = _mm512_setzero_ps();
+    for (long k = 0; k < words; k += 16) {
+        __mmask16 on = words - k >= 16 ? 0xffff : (__mmask16)((1u << (words - k)) - 1);
+        __m512i part[4];
+        UNROLL for (int n = 0; n < N; n++) part[n] = _mm512_maskz_loadu_epi32(on, w + n * words + k);
+        UNROLL for (int r = 0; r < R; r++) {
+            __m512i row = _mm512_maskz_loadu_epi32(on, x + r * words + k);
+            UNROLL for (int n = 0; n < N; n++) sum[r][n] = DOT(sum[r][n], part[n], row);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < N; n++) out[r][n] = sum16(sum[r][n]);
+}
+
+static float NAME(dot)(const Element *w, const Element *x, long elements, float cap) {
+    float out[TILE_ROWS][4];
+    NAME(dots)(1, 1, (const uint32_t *)w, (const uint32_t *)x, WORDS(elements), out);
+    return capped(out[0][0], cap);
+}
+
+static void NAME(head)(void *with, long item, int worker) {
+    const NAME(Head) *p = with;
+    (void)worker;
+    const long words = WORDS(p->hidden), end = (item + 1) * GROUP < p->vocabulary ? (item + 1) * GROUP : p->vocabulary;
+    float out[TILE_ROWS][4];
+    for (long row = 0; row < p->rows;) {
+        int R = p->rows - row >= TILE_ROWS ? TILE_ROWS : p->rows - row >= 2 ? 2 : 1;
+        const uint32_t *x = (const uint32_t *)(p->from + row * p->hidden);
+        for (long n = item * GROUP; n < end;) {
+            int N = end - n >= 4 ? 4 : 1;
+            const uint32_t *w = (const uint32_t *)(p->weights + n * p->hidden);
+            if (N == 4) {
+                if (R == TILE_ROWS) NAME(dots)(TILE_ROWS, 4, w, x, words, out);
+                else if (R == 2) NAME(dots)(2, 4, w, x, words, out);
+                else NAME(dots)(1, 4, w, x, words, out);
+            } else {
+                if (R == TILE_ROWS) NAME(dots)(TILE_ROWS, 1, w, x, words, out);
+                else if (R == 2) NAME(dots)(2, 1, w, x, words, out);
+                else NAME(dots)(1, 1, w, x, words, out);
+            }
+            for (int r = 0; r < R; r++)
+                for (int i = 0; i < N; i++) p->to[(row + r) * p->vocabulary + n + i] = capped(out[r][i], p->cap);
+            n += N;
+        }
+        row += R;
+    }
+}
+
+#undef NAME
+#undef PAIR
+#undef DOT
+#undef Element
+#undef WORDS
+#undef ROWS_AT_ONCE
