@@ -234,11 +234,11 @@ class Stopping(_message.Message):
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
     IGNORE_END_TOKEN_FIELD_NUMBER: _builtins.int
     max_output_tokens: _builtins.int
-    """Tokens of one output; 1..1,048,576, and never above the room left in the context or the project's ceiling.
+    """Tokens of one output; 1..262,144, and never above the room left in the context or the project's ceiling.
     Unset: the smaller of both.
     """
     min_output_tokens: _builtins.int
-    """Tokens before which the end token is barred; 0..1,048,576 and ≤ max_output_tokens. Unset: 0."""
+    """Tokens before which the end token is barred; 0..262,144 and ≤ max_output_tokens. Unset: 0."""
     ignore_end_token: _builtins.bool
     """True: generates on past the end token; for benchmarks. Unset: the end token ends the output."""
     @_builtins.property

@@ -309,11 +309,11 @@ class ServedModel(_message.Message):
     BASE_DIGEST_FIELD_NUMBER: _builtins.int
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
     version: _builtins.str
-    """Resource name of the version, `projects/{p}/models/{m}/versions/{n}`, or of the base, `models/{m}`."""
+    """Resource name of the version, `projects/{p}/models/{m}/versions/{n}`, or of the base, `models/{m}`; ≤512 bytes. Empty: not resolved."""
     base_digest: _builtins.str
-    """SHA-256 of the base's weights and config; 64 hex digits."""
+    """SHA-256 of the base's weights and config; 64 hex digits; ≤64 bytes. Empty: not known."""
     adapter_digest: _builtins.str
-    """SHA-256 of the adapter; 64 hex digits. Empty: no adapter."""
+    """SHA-256 of the adapter; 64 hex digits; ≤64 bytes. Empty: no adapter."""
     def __init__(
         self,
         *,

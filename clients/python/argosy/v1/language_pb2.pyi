@@ -271,9 +271,9 @@ class SummarizeTextRequest(_message.Message):
     instruction: _builtins.str
     """What the summary should dwell on; 0..4,096 bytes, without NUL. Empty: a general summary."""
     min_length: _builtins.int
-    """Model tokens; 0..1,048,576 and ≤ max_length; the two lengths in `Stopping` must be unset. Unset: 0."""
+    """Model tokens; 0..262,144 and ≤ max_length; the two lengths in `Stopping` must be unset. Unset: 0."""
     max_length: _builtins.int
-    """Model tokens; 1..1,048,576, and never above the room left or the project's ceiling. Unset: the smaller of both."""
+    """Model tokens; 1..262,144, and never above the room left or the project's ceiling. Unset: the smaller of both."""
     @_builtins.property
     def documents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """1..16 documents of 1..262,144 bytes each, without NUL; together ≤262,144 bytes. Required."""
@@ -413,7 +413,7 @@ class AnswerQuestionRequest(_message.Message):
     """EXTRACTIVE: answers returned, best first; 1..10. Unset: 1."""
     @_builtins.property
     def passages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Passage]:
-        """0..64 passages; with the question ≤262,144 bytes. None only if GENERATIVE."""
+        """0..64 passages; with the question ≤262,144 bytes. Empty: only if GENERATIVE."""
 
     @_builtins.property
     def config(self) -> _config_pb2.GenerationConfig:

@@ -45,13 +45,13 @@ class GenerateRequest(_message.Message):
     OUTPUT_TOKEN_CEILING_FIELD_NUMBER: _builtins.int
     WORK_CLASS_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
-    """Made by the gateway, one an attempt; a UUID. Required."""
+    """Made by the gateway, one an attempt; a UUID; 1..64 bytes. Required."""
     request_id: _builtins.str
-    """As the caller sent it, or made by the gateway; a UUID4. Required."""
+    """As the caller sent it, or made by the gateway; a UUID4; 1..64 bytes. Required."""
     text: _builtins.str
     """A raw prompt; 1..262,144 bytes, without NUL."""
     output_token_ceiling: _builtins.int
-    """Tokens of one output that project and key allow; 1..1,048,576. Unset: the room alone."""
+    """Tokens of one output that project and key allow; 1..262,144. Unset: the room alone."""
     work_class: _config_pb2.WorkClass.ValueType
     """Which queue. Unset: INTERACTIVE."""
     @_builtins.property
@@ -122,9 +122,9 @@ class EncodeRequest(_message.Message):
     ANSWER_FIELD_NUMBER: _builtins.int
     WORK_CLASS_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
-    """Made by the gateway, one an attempt; a UUID. Required."""
+    """Made by the gateway, one an attempt; a UUID; 1..64 bytes. Required."""
     request_id: _builtins.str
-    """As the caller sent it, or made by the gateway; a UUID4. Required."""
+    """As the caller sent it, or made by the gateway; a UUID4; 1..64 bytes. Required."""
     work_class: _config_pb2.WorkClass.ValueType
     """Which queue. Unset: INTERACTIVE."""
     @_builtins.property
@@ -211,7 +211,7 @@ class AbortRequest(_message.Message):
     GENERATION_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def generation_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """`generation_id` of each; 1..1,024. Required."""
+        """`generation_id` of each; 1..1,024 of 1..64 bytes. Required."""
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ class KeyLimits(_message.Message):
     concurrent_requests: _builtins.int
     """0..1,000,000 calls at once. Unset: the project's quota alone."""
     output_token_ceiling: _builtins.int
-    """1..1,048,576 tokens of one output. Unset: the project's ceiling alone."""
+    """1..262,144 tokens of one output. Unset: the project's ceiling alone."""
     @_builtins.property
     def cost_per_day(self) -> _usage_pb2.Cost:
         """Most that may be spent in one UTC day. Unset: the project's quota alone."""
@@ -150,7 +150,7 @@ class ApiKey(_message.Message):
     KEY_ID_FIELD_NUMBER: _builtins.int
     LAST_USE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`projects/{project}/apiKeys/{api_key}`; the last segment is a UUID. Ignored by CreateApiKey."""
+    """`projects/{project}/apiKeys/{api_key}`; ≤512 bytes; the last segment is a UUID. Ignored by CreateApiKey."""
     uid: _builtins.str
     """UUID made by the server; never used again."""
     display_name: _builtins.str

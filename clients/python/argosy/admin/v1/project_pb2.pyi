@@ -79,7 +79,7 @@ class Project(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`projects/{project}`; the segment matches [a-z0-9-]{1,63}. Ignored by CreateProject, which takes `project_id`."""
+    """`projects/{project}`; ≤512 bytes; the segment matches [a-z0-9-]{1,63}. Ignored by CreateProject, which takes `project_id`."""
     uid: _builtins.str
     """UUID made by the server; never used again."""
     display_name: _builtins.str

@@ -110,7 +110,7 @@ class QuotaPolicy(_message.Message):
     concurrent_streams: _builtins.int
     """0..1,000,000 generations at once, unary ones included. Unset: unlimited."""
     output_token_ceiling: _builtins.int
-    """1..1,048,576 tokens of one output; a request over it is refused. Unset: the fleet's."""
+    """1..262,144 tokens of one output; a request over it is refused. Unset: the fleet's."""
     concurrent_jobs: _builtins.int
     """0..10,000 fine-tuning jobs at once. Unset: unlimited."""
     gpu_seconds_per_day: _builtins.int
