@@ -56,7 +56,7 @@ def logprob(state: int, token: int) -> float:
 
 
 class FakeRunner:
-    """Scripted faults: `fails` is asked before each step and may raise; `spoils` names rows that answer not_finite.
+    """Scripted faults: `fails` is asked before each step and may raise; `spoils` names rows that answer nan.
 
     `most_tokens`: more in one step raise MemoryError. `gate`, when given, must be set for a step to run.
     """
@@ -83,6 +83,7 @@ class FakeRunner:
         self.computed = 0  # tokens, in steps that succeeded
         self.widest = 0  # tokens of the largest step that succeeded
         self.batches: list[int] = []  # rows of each step that succeeded
+        self.drawn = 0  # tokens, in steps that succeeded
         self.forgotten: set[int] = set()
         self.entered = threading.Event()  # a step waits at the gate, or is past it
         self._cells: list[list[int | None]] = [[None] * BLOCK_SIZE for _ in range(blocks)]
@@ -101,6 +102,7 @@ class FakeRunner:
         self._check_writes(rows)
         results = [self._compute(row) for row in rows]
         self.computed += tokens
+        self.drawn += sum(row.draw is not None for row in rows)
         self.widest = max(self.widest, tokens)
         self.batches.append(len(rows))
         return results
@@ -151,7 +153,7 @@ class FakeRunner:
             states.append(state)
         result = RowResult()
         if self.spoils is not None and self.spoils(row):
-            return RowResult(error="not_finite")
+            return RowResult(error="nan")
         if row.draw is not None:
             draw = row.draw
             result.token = next_token(state, draw.sampling, draw.index, draw.position, self.vocabulary, draw.barred)

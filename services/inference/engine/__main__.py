@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 
 import msgspec
@@ -26,7 +25,7 @@ from services.inference.engine.settings import EngineSettings
 
 PR_SET_PDEATHSIG = 1
 READ_BYTES = 2**18
-EXTRAS = ("call", "failure", "where", "tokens")  # that our log records carry
+STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}  # attributes that every record has
 
 log = logging.getLogger("services.inference.engine")
 
@@ -42,8 +41,16 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line |= {name: vars(record)[name] for name in EXTRAS if name in vars(record)}
-        return json.dumps(line)
+        line |= {name: value for name, value in vars(record).items() if name not in STANDARD}
+        if record.exc_info is not None and record.exc_info[1] is not None:
+            line |= at(record.exc_info[1])
+        return json.dumps(line, default=str)
+
+
+def at(failure: BaseException) -> dict[str, object]:
+    """Which kind of exception, and from where. Its text may quote what it was given, so it is left out."""
+    frames = traceback.extract_tb(failure.__traceback__)[-6:]
+    return {"failure": type(failure).__name__, "where": [f"{frame.filename}:{frame.lineno}" for frame in frames]}
 
 
 def die_with(parent: int) -> None:
@@ -84,20 +91,21 @@ def main(settings_json: str, fd: str, parent: str, build: str) -> int:
     try:
         settings = msgspec.json.decode(settings_json.encode(), type=EngineSettings)
         module, _, function = build.partition(":")
-        began = time.monotonic()
         runner, hello = getattr(importlib.import_module(module), function)(settings)
-        log.info("loaded in %.1f s", time.monotonic() - began)
-        # What is loaded stays: the collector need not walk it again and again between steps.
-        gc.collect()
-        gc.freeze()
-        engine = Engine(runner, hello, settings)
+    except Exception as failure:  # before the first call there is no content to leak, and an operator needs the sentence
+        log.critical("the model was not loaded: %s", failure, extra=at(failure))
+        return 1
+    # What is loaded stays: the collector need not walk it again and again between steps.
+    gc.collect()
+    gc.freeze()
+    engine = Engine(runner, hello, settings)
+    try:
         connection.sendall(encode([offered(hello, runner)]))
         run(engine, inbox, lambda events: connection.sendall(encode(events)))
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the parent is gone
     except Exception as failure:  # the last line before the process ends
-        where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(failure.__traceback__)[-6:]]
-        log.critical("the engine ends", extra={"failure": type(failure).__name__, "where": where})
+        log.critical("the engine ends", extra=at(failure))
         return 1
     return 0
 

@@ -44,7 +44,7 @@ from services.inference.engine.meter import Meter
 from services.inference.engine.scheduler import Plan, Scheduler
 from services.inference.engine.sequence import Sequence, State
 from services.inference.engine.settings import EngineSettings
-from services.inference.engine.step import BLOCK_SIZE, Row, RowResult, Runner
+from services.inference.engine.step import BLOCK_SIZE, DeviceLost, Row, RowResult, Runner
 
 ERRORS = {
     "draining": "refused: the engine takes no more calls",
@@ -58,7 +58,9 @@ ERRORS = {
     "deadline": "a Score or Embed ended by its deadline",
     "step_failed": "the forward raised with this call alone in it",
     "out_of_memory": "a step of one token was too large for the device",
-    "not_finite": "the model answered NaN or infinity for this call",
+    "nan": "the model answered what is not a number for this call",
+    "barred": "bias and barred end tokens left no token to choose",
+    "gap": "pooling missed earlier tokens of an input",
 }
 LOAD_EVERY_S = 0.1
 GROW_AFTER_STEPS = 64  # without running out of memory, before a shrunk budget doubles
@@ -271,6 +273,8 @@ class Engine:
             results = self._runner.step(rows)
             if len(results) != len(rows):
                 raise RuntimeError(f"{len(results)} results for {len(rows)} rows")
+        except DeviceLost:
+            raise
         except MemoryError:
             self._shrink(plan, sum(len(row.tokens) for row in rows))
         except Exception as failure:  # whatever a model's forward may raise is fenced here
@@ -297,8 +301,7 @@ class Engine:
         if tokens == 1:
             self._finish(_live(plan[0][0]), FinishReason.ERROR, "out_of_memory")
             return
-        for sequence, planned in plan:
-            self._scheduler.give_back(sequence, planned)
+        self._scheduler.give_back(plan)
         self._scheduler.budget = max(1, min(self._scheduler.budget, tokens) // 2)
         self._calm_steps = 0
 

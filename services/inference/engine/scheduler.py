@@ -92,11 +92,12 @@ class Scheduler:
             del self._prefilling[sequence.key]
             self._decoding[sequence.key] = sequence
 
-    def give_back(self, sequence: Sequence, count: int) -> None:
-        """The step failed before it computed anything; plan again."""
-        if sequence.state is State.PREFILLING:
-            self.counters.charge(sequence.tenant, -INPUT_WEIGHT * count)
-            self._turns[sequence.work_class].push(sequence, front=True)
+    def give_back(self, plan: Plan) -> None:
+        """A step with these failed before it computed anything; plan again."""
+        for sequence, count in reversed(plan):
+            if sequence.state is State.PREFILLING:
+                self.counters.charge(sequence.tenant, -INPUT_WEIGHT * count)
+                self._turns[sequence.work_class].push(sequence, front=True)
 
     def _grow(self) -> None:
         for sequence in list(self._decoding.values()):

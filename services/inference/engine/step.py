@@ -65,6 +65,10 @@ class RowResult:
     error: str | None = None
 
 
+class DeviceLost(Exception):
+    """No later step on this device can succeed. The engine's process ends on it, and its parent starts another."""
+
+
 class Runner(Protocol):
     """Owns the model, the device and the KV pool. A step that raises has changed nothing that the loop relies on: it may be repeated."""
 
