@@ -179,11 +179,11 @@ class ApiKey(_message.Message):
 
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What it may do, such as "generate"; 1..32 of [a-z_]+(.[a-z_]+)? of ≤64 bytes, within its maker's. Required by CreateApiKey."""
+        """What it may do, such as "generate"; 0..32 of ≤64 bytes, no two alike, each within its maker's. Required by CreateApiKey."""
 
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Models it may ask, by resource name of 1..512 bytes; 0..64. Empty: all that the project may."""
+        """Models it may ask, by resource name of 1..512 bytes; 0..64, no two alike. Empty: all that the project may."""
 
     @_builtins.property
     def limits(self) -> Global___KeyLimits:
