@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from services.inference.tokenizer import Control
+from services.inference.text import Control
 
 __all__ = ["ChatTemplate", "JinjaTemplate", "Message", "PlainTemplate", "TemplateRefused", "Tool", "ToolCall", "load_template"]
 
@@ -111,11 +111,15 @@ class JinjaTemplate:
             return f"\ue000{salt}:{len(texts) - 1}\ue001"
 
         try:
-            rendered = _environment().from_string(self.source).render(
-                messages=[_for_template(message, mark) for message in messages],
-                tools=[self._declared(tool, mark) for tool in tools] or None,
-                add_generation_prompt=True,
-                **dict(self.variables),
+            rendered = (
+                _environment()
+                .from_string(self.source)
+                .render(
+                    messages=[_for_template(message, mark) for message in messages],
+                    tools=[self._declared(tool, mark) for tool in tools] or None,
+                    add_generation_prompt=True,
+                    **dict(self.variables),
+                )
             )
         except TemplateError as error:
             raise TemplateRefused(type(error).__name__) from error
@@ -146,10 +150,10 @@ class JinjaTemplate:
 ChatTemplate = PlainTemplate | JinjaTemplate
 
 
-def load_template(directory: Path, control: Splitter, prefix: Iterable[int] = ()) -> ChatTemplate:
-    """The operator's template beside the weights, else the plain one.
+def load_template(directory: Path, control: Splitter, prefix: Iterable[int] = (), file: Path | None = None) -> ChatTemplate:
+    """The operator's template: `file`, else the one beside the weights, else the plain one.
 
-    Looks for chat_template.jinja, then `chat_template` in tokenizer_config.json. Raises TemplateRefused over 256 KiB or when it does
+    Beside the weights: chat_template.jinja, then `chat_template` in tokenizer_config.json. Raises TemplateRefused over 256 KiB or when it does
     not parse: a replica that would fail each chat does not start.
     """
     config: dict[str, Any] = {}
@@ -157,8 +161,9 @@ def load_template(directory: Path, control: Splitter, prefix: Iterable[int] = ()
     if path.exists():
         config = json.loads(path.read_text(encoding="utf-8"))
     source = config.get("chat_template")
-    if (directory / "chat_template.jinja").exists():
-        source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    beside = directory / "chat_template.jinja"
+    if file is not None or beside.exists():
+        source = (file or beside).read_text(encoding="utf-8")
     if isinstance(source, list):  # named variants: the default one
         source = next((item["template"] for item in source if item.get("name") == "default"), None)
     if not source:
@@ -175,9 +180,7 @@ def load_template(directory: Path, control: Splitter, prefix: Iterable[int] = ()
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """Fresh for each call: nothing a template sets outlives it."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
 
     def raise_exception(message: str) -> None:
         raise TemplateRefusal(message)

@@ -4,7 +4,14 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["OutputText", "StopMatcher", "Utf8Stream"]
+__all__ = ["Control", "OutputText", "StopMatcher", "Utf8Stream"]
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A control token in a rendered prompt, between runs of plain text."""
+
+    id: int
 
 
 class Utf8Stream:
@@ -16,6 +23,11 @@ class Utf8Stream:
     def feed(self, data: bytes) -> str:
         """The characters that `data` completes."""
         return self._decoder.decode(data)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of an unfinished character."""
+        return len(self._decoder.getstate()[0])
 
     def finish(self) -> str:
         """What is left when no byte can follow: U+FFFD for an unfinished character, else nothing."""
@@ -31,11 +43,18 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
+        self._cut_bytes = 0
         self.matched: str | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """UTF-8 bytes fed but not given out: held back, or cut by the match."""
+        return self._cut_bytes + len(self._held.encode())
 
     def feed(self, text: str) -> str:
         """The text that is safe to send. After a match nothing is: `matched` says which, and the rest is cut."""
-        if self.matched is not None or not text:
+        if self.matched is not None:
+            self._cut_bytes += len(text.encode())
             return ""
         if not self._stops:
             return text
@@ -43,11 +62,11 @@ class StopMatcher:
         ends = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
             _, start, self.matched = min(ends)
-            safe, self._held = self._held[:start], ""
+            safe, cut, self._held = self._held[:start], self._held[start:], ""
+            self._cut_bytes = len(cut.encode())
             return safe
-        keep = max(self._overlap(stop) for stop in self._stops)
-        cut = len(self._held) - keep
-        safe, self._held = self._held[:cut], self._held[cut:]
+        border = len(self._held) - max(self._overlap(stop) for stop in self._stops)
+        safe, self._held = self._held[:border], self._held[border:]
         return safe
 
     def finish(self) -> str:
@@ -74,6 +93,7 @@ class OutputText:
     min_tokens: int = 0
     trim_start: bool = False
     tokens: int = 0
+    fed_bytes: int = 0
     _utf8: Utf8Stream = field(default_factory=Utf8Stream)
     _matcher: StopMatcher = field(init=False)
     _started: bool = False
@@ -86,9 +106,15 @@ class OutputText:
         """The stop sequence that ended the output."""
         return self._matcher.matched
 
+    @property
+    def settled_bytes(self) -> int:
+        """Bytes whose text has been given out: tokens that begin before it may be shown."""
+        return self.fed_bytes - self._utf8.held_bytes - self._matcher.held_bytes
+
     def feed(self, data: bytes) -> str:
         """One token's bytes in, text that may be sent out."""
         self.tokens += 1
+        self.fed_bytes += len(data)
         text = self._utf8.feed(data)
         return self._visible(text if self.tokens <= self.min_tokens else self._matcher.feed(text))
 

@@ -11,20 +11,15 @@ from typing import Any
 
 from tokenizers import Tokenizer as _Tokenizer
 
-__all__ = ["Control", "Piece", "Tokenizer", "TokenizerUnsupported"]
+from services.inference.text import Control
+
+__all__ = ["Piece", "Tokenizer", "TokenizerUnsupported"]
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
 
 class TokenizerUnsupported(Exception):
     """The model's tokenizer cannot be turned back into bytes token by token."""
-
-
-@dataclass(frozen=True, slots=True)
-class Control:
-    """A control token in a rendered prompt."""
-
-    id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +101,17 @@ class Tokenizer:
         return await asyncio.to_thread(self.encode_batch, texts)
 
     def pieces(self, text: str) -> list[Piece]:
-        """The tokens of plain text with the source bytes they cover: in order, without overlap, together the whole text.
+        """The tokens of plain text with the source bytes they cover: in order, together the whole text.
 
-        Tokens that share a character (byte fallback) give it to the first of them that starts there; the others cover nothing.
+        A token that is a part of a character covers the whole character, as do its other parts; no others overlap.
         """
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
         starts = _byte_offsets(text)
         found: list[Piece] = []
         done = 0  # characters covered so far
-        for token, (_, end) in zip(encoded.ids, encoded.offsets, strict=True):
-            upto = max(done, end)
-            found.append(Piece(token, self.token_bytes(token), starts[done], starts[upto]))
-            done = upto
+        for token, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
+            begin, done = min(start, done), max(end, done)
+            found.append(Piece(token, self.token_bytes(token), starts[begin], starts[done]))
         if found and done < len(text):  # what a normaliser dropped at the end belongs to the last token
             last = found[-1]
             found[-1] = Piece(last.id, last.token, last.start_byte, starts[-1])

@@ -1,3 +1,5 @@
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,7 +10,7 @@ ALPHABET = st.text("ab\n世é𓀀", max_size=40)
 
 def cut(data, at):
     borders = sorted({0, len(data), *(place % (len(data) + 1) for place in at)})
-    return [data[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(borders)]
 
 
 @given(ALPHABET, st.lists(st.integers(0, 200)))
@@ -58,3 +60,12 @@ def test_nothing_stops_an_output_before_its_minimum():
 def test_task_output_begins_at_its_first_visible_character():
     output = OutputText(trim_start=True)
     assert [output.feed(part) for part in (b" ", b" \n", b"a ", b" b")] == ["", "", "a ", " b"]
+
+
+def test_settled_bytes_say_which_tokens_may_be_shown():
+    output = OutputText(stops=["END"])
+    sizes = []
+    for data in (b"a", "世".encode()[:1], "世".encode()[1:], b"E", b"ND tail"):
+        output.feed(data)
+        sizes.append(output.settled_bytes)
+    assert sizes == [1, 1, 4, 4, 4]

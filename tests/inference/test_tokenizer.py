@@ -4,14 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.inference.text import Utf8Stream
-from services.inference.tokenizer import Control, Tokenizer, TokenizerUnsupported
+from services.inference.text import Control, Utf8Stream
+from services.inference.tokenizer import Tokenizer, TokenizerUnsupported
 from tests.inference.vocabularies import CONTROL, KINDS, PLACEHOLDER
 
 TOKENIZERS = {name: Tokenizer(build()) for name, build in KINDS.items()}
 kinds = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 # Every text a caller may send: no lone surrogates (they are not UTF-8); control spellings mixed in.
-TEXTS = st.lists(st.one_of(st.sampled_from([*CONTROL, PLACEHOLDER, " ", "\n\n", "<0x41>", "世界", "𓀀", "<unk>"]), st.text(max_size=8))).map("".join)
+SPELLED = st.sampled_from([*CONTROL, PLACEHOLDER, " ", "\n\n", "<0x41>", "世界", "𓀀", "<unk>"])
+TEXTS = st.lists(st.one_of(SPELLED, st.text(max_size=8))).map("".join)
 
 
 @kinds
@@ -27,8 +28,8 @@ def test_A19_spelled_control_tokens_stay_plain_text(tokenizer, text):
 def test_spans_cover_text(tokenizer, text):
     data, at = text.encode(), 0
     for piece in tokenizer.pieces(text):
-        assert piece.start_byte == at <= piece.end_byte
-        data[piece.start_byte : piece.end_byte].decode()  # on character borders, or this raises
+        covered = data[piece.start_byte : piece.end_byte].decode()  # on character borders, or this raises
+        assert piece.start_byte == at or (len(covered) == 1 and piece.end_byte == at)  # else a part of the same character
         at = piece.end_byte
     assert at == len(data)
     assert [piece.id for piece in tokenizer.pieces(text)] == tokenizer.encode(text)
@@ -51,7 +52,7 @@ def test_generated_control_tokens_add_no_text(tokenizer):
 
 @kinds
 def test_template_text_gives_control_ids_and_one_run_of_text(tokenizer):
-    parts = tokenizer.split_control("<bos><turn>yes\n") + ["<turn> no"] + tokenizer.split_control("</turn>")
+    parts = [*tokenizer.split_control("<bos><turn>yes\n"), "<turn> no", *tokenizer.split_control("</turn>")]
     ids = tokenizer.encode_parts(parts)
     control = tokenizer.control
     assert ids == [control["<bos>"], control["<turn>"], *tokenizer.encode("yes\n<turn> no"), control["</turn>"]]

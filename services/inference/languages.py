@@ -1,0 +1,116 @@
+"""BCP 47 tags we can name to a model (pure). A region or script is kept in the name, so that pt-BR is asked for as such."""
+
+from dataclasses import dataclass
+
+__all__ = ["LANGUAGES", "Language", "candidates", "language"]
+
+# ISO 639-1, or 639-3 where there is none, to its English name.
+LANGUAGES = {
+    "af": "Afrikaans", "am": "Amharic", "ar": "Arabic", "as": "Assamese", "az": "Azerbaijani", "be": "Belarusian", "bg": "Bulgarian",
+    "bn": "Bengali", "bs": "Bosnian", "ca": "Catalan", "ceb": "Cebuano", "cs": "Czech", "cy": "Welsh", "da": "Danish", "de": "German",
+    "el": "Greek", "en": "English", "eo": "Esperanto", "es": "Spanish", "et": "Estonian", "eu": "Basque", "fa": "Persian",
+    "fi": "Finnish", "fil": "Filipino", "fr": "French", "ga": "Irish", "gl": "Galician", "gu": "Gujarati", "ha": "Hausa",
+    "he": "Hebrew", "hi": "Hindi", "hr": "Croatian", "ht": "Haitian Creole", "hu": "Hungarian", "hy": "Armenian", "id": "Indonesian",
+    "ig": "Igbo", "is": "Icelandic", "it": "Italian", "ja": "Japanese", "jv": "Javanese", "ka": "Georgian", "kk": "Kazakh",
+    "km": "Khmer", "kn": "Kannada", "ko": "Korean", "ku": "Kurdish", "ky": "Kyrgyz", "la": "Latin", "lb": "Luxembourgish", "lo": "Lao",
+    "lt": "Lithuanian", "lv": "Latvian", "mg": "Malagasy", "mi": "Maori", "mk": "Macedonian", "ml": "Malayalam", "mn": "Mongolian",
+    "mr": "Marathi", "ms": "Malay", "mt": "Maltese", "my": "Burmese", "nb": "Norwegian Bokmål", "ne": "Nepali", "nl": "Dutch",
+    "nn": "Norwegian Nynorsk", "no": "Norwegian", "or": "Odia", "pa": "Punjabi", "pl": "Polish", "ps": "Pashto", "pt": "Portuguese",
+    "ro": "Romanian", "ru": "Russian", "sd": "Sindhi", "si": "Sinhala", "sk": "Slovak", "sl": "Slovenian", "so": "Somali",
+    "sq": "Albanian", "sr": "Serbian", "su": "Sundanese", "sv": "Swedish", "sw": "Swahili", "ta": "Tamil", "te": "Telugu",
+    "tg": "Tajik", "th": "Thai", "tk": "Turkmen", "tl": "Tagalog", "tr": "Turkish", "tt": "Tatar", "ug": "Uyghur", "uk": "Ukrainian",
+    "ur": "Urdu", "uz": "Uzbek", "vi": "Vietnamese", "xh": "Xhosa", "yi": "Yiddish", "yo": "Yoruba", "yue": "Cantonese",
+    "zh": "Chinese", "zu": "Zulu",
+}  # fmt: skip
+_SCRIPTS = {
+    "arab": "Arabic script",
+    "cyrl": "Cyrillic",
+    "deva": "Devanagari",
+    "hans": "Simplified",
+    "hant": "Traditional",
+    "latn": "Latin script",
+}
+_REGIONS = {
+    "AR": "Argentina", "AT": "Austria", "AU": "Australia", "BE": "Belgium", "BR": "Brazil", "CA": "Canada", "CH": "Switzerland", "CN": "China",
+    "DE": "Germany", "EG": "Egypt", "ES": "Spain", "FR": "France", "GB": "Britain", "HK": "Hong Kong", "IE": "Ireland", "IN": "India",
+    "IT": "Italy", "MX": "Mexico", "PT": "Portugal", "SG": "Singapore", "TW": "Taiwan", "US": "United States",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """A language a model can be asked for. `tag` is in canonical case, `name` is English."""
+
+    tag: str
+    name: str
+
+
+def language(tag: str) -> Language | None:
+    """The language of a BCP 47 tag: language, then perhaps a script and a region; None for what we cannot name."""
+    parts = tag.replace("_", "-").split("-") if tag.isascii() else []
+    name = LANGUAGES.get(parts[0].lower()) if parts else None
+    if name is None:
+        return None
+    kept, notes = [parts[0].lower()], []
+    for part in parts[1:]:
+        if len(part) == 4 and part.lower() in _SCRIPTS and len(kept) == 1:
+            kept.append(part.title())
+            notes.append(_SCRIPTS[part.lower()])
+        elif len(part) == 2 and part.upper() in _REGIONS and not (len(kept) > 1 and len(kept[-1]) == 2):
+            kept.append(part.upper())
+            notes.append(_REGIONS[part.upper()])
+        else:
+            return None
+    return Language("-".join(kept), f"{name} ({', '.join(notes)})" if notes else name)
+
+
+# First letters of scripts that few languages write: the block's borders, then who writes it.
+_BLOCKS = (
+    (0x0370, 0x03FF, ("el",)), (0x0400, 0x052F, ("ru", "uk", "be", "bg", "sr", "mk", "kk", "ky", "mn", "tg", "tt")), (0x0530, 0x058F, ("hy",)),
+    (0x0590, 0x05FF, ("he", "yi")), (0x0600, 0x077F, ("ar", "fa", "ur", "ps", "sd", "ug", "ku")), (0x0900, 0x097F, ("hi", "mr", "ne")),
+    (0x0980, 0x09FF, ("bn", "as")), (0x0A00, 0x0A7F, ("pa",)), (0x0A80, 0x0AFF, ("gu",)), (0x0B00, 0x0B7F, ("or",)), (0x0B80, 0x0BFF, ("ta",)),
+    (0x0C00, 0x0C7F, ("te",)), (0x0C80, 0x0CFF, ("kn",)), (0x0D00, 0x0D7F, ("ml",)), (0x0D80, 0x0DFF, ("si",)), (0x0E00, 0x0E7F, ("th",)),
+    (0x0E80, 0x0EFF, ("lo",)), (0x1000, 0x109F, ("my",)), (0x10A0, 0x10FF, ("ka",)), (0x1200, 0x137F, ("am",)), (0x1780, 0x17FF, ("km",)),
+    (0x3040, 0x30FF, ("ja",)), (0x4E00, 0x9FFF, ("zh",)), (0xAC00, 0xD7AF, ("ko",)),
+)  # fmt: skip
+_LATIN = (
+    "en",
+    "fr",
+    "de",
+    "es",
+    "it",
+    "pt",
+    "nl",
+    "sv",
+    "da",
+    "nb",
+    "fi",
+    "pl",
+    "cs",
+    "ro",
+    "hu",
+    "tr",
+    "vi",
+    "id",
+    "hr",
+    "sw",
+    "tl",
+    "ca",
+)
+_SAMPLE_CHARACTERS = 2_000
+
+
+def candidates(text: str) -> tuple[str, ...]:
+    """Tags of the languages that write as most letters of `text` are written; none where it has no letter."""
+    counts: dict[tuple[str, ...], int] = {}
+    for character in text[:_SAMPLE_CHARACTERS]:
+        if not character.isalpha():
+            continue
+        code = ord(character)
+        writers = next((tags for first, last, tags in _BLOCKS if first <= code <= last), _LATIN)
+        counts[writers] = counts.get(writers, 0) + 1
+    if not counts:
+        return ()
+    if ("ja",) in counts and ("zh",) in counts:
+        return ("ja",)  # Chinese has no kana
+    return max(counts, key=lambda tags: counts[tags])

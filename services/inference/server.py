@@ -1,0 +1,160 @@
+"""The only wiring of an inference replica: host, tokenizer, template and servicer behind one server."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from argosy_internal.engine.v1 import engine_pb2, engine_pb2_grpc
+from services.chassis.identity import CallerVerifier
+from services.chassis.interceptors import Policy, verified
+from services.chassis.server import Serving, serve
+from services.chassis.telemetry import Telemetry
+from services.inference.canary import Canary
+from services.inference.engine import weights
+from services.inference.engine.host import Host, ProcessHost
+from services.inference.servicers.engine import EngineServicer, Model, Pace, model_name, new_instance
+from services.inference.settings import InferenceSettings
+from services.inference.templates import ChatTemplate, load_template
+from services.inference.tokenizer import Tokenizer
+
+__all__ = ["AUDIENCE", "Vocabulary", "inference", "replica"]
+
+AUDIENCE = "argosy.inference"  # what the gateway signs callers for
+SERVICE = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
+UNARY_SECONDS = 30.0  # deadline cap of the methods that neither generate nor encode
+LONG = ("Generate", "Encode", "WatchLoad")
+
+log = logging.getLogger(__name__)
+
+Vocabulary = tuple[Tokenizer, ChatTemplate]
+
+
+@asynccontextmanager
+async def inference(
+    settings: InferenceSettings,
+    host: Host | None = None,
+    *,
+    verifier: CallerVerifier | None = None,
+    vocabulary: Vocabulary | None = None,
+    progress: weights.Progress | None = None,
+    telemetry: Telemetry | None = None,
+) -> AsyncIterator[str]:
+    """A replica, up to the end of the block; yields its address at once, NOT_SERVING until the engine is warm.
+
+    `host` defaults to an engine process. `vocabulary` takes the place of the tokenizer and template in the model's directory. `progress`
+    is called from a thread while weights are prepared. Leaving the block drains.
+    """
+    async with replica(settings, host, verifier=verifier, vocabulary=vocabulary, progress=progress, telemetry=telemetry) as serving:
+        yield serving.address
+
+
+@asynccontextmanager
+async def replica(
+    settings: InferenceSettings,
+    host: Host | None = None,
+    *,
+    verifier: CallerVerifier | None = None,
+    vocabulary: Vocabulary | None = None,
+    progress: weights.Progress | None = None,
+    telemetry: Telemetry | None = None,
+    signals: bool = False,
+) -> AsyncIterator[Serving]:
+    """`inference`, yielding the server itself: for a process that waits for its signals."""
+    engine = host or ProcessHost(settings.engine())
+    pace = Pace(settings.heartbeat_seconds, settings.write_stall_seconds)
+    draining: list[Serving] = []
+    servicer = EngineServicer(engine, pace, settings.max_waiting, draining=lambda: bool(draining) and draining[0].inflight.draining)
+    policy = Policy(
+        authenticate=verified(verifier or CallerVerifier(_public_keys(settings.caller_public_keys), AUDIENCE)),
+        deadline_cap_s=lambda method: settings.max_stream_seconds if method.rsplit("/", 1)[-1] in LONG else UNARY_SECONDS,
+    )
+    async with serve(
+        settings.listener,
+        lambda server: engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server),
+        [SERVICE],
+        policy=policy,
+        telemetry=telemetry,
+        signals=signals,
+    ) as serving:
+        draining.append(serving)
+        follower = asyncio.create_task(_follow(settings, engine, servicer, serving, vocabulary, progress), name="engine follower")
+        follower.add_done_callback(_report)
+        try:
+            yield serving
+        finally:
+            await serving.drain(announce_s=0, grace_s=settings.listener.grace_seconds if signals else 0)
+            follower.cancel()
+            await asyncio.wait([follower])
+            await engine.close()
+
+
+async def _follow(
+    settings: InferenceSettings,
+    engine: Host,
+    servicer: EngineServicer,
+    serving: Serving,
+    vocabulary: Vocabulary | None,
+    progress: weights.Progress | None,
+) -> None:
+    """Start the engine, answer once it is warm, and keep the replica's readiness that of the engine."""
+    # Both read the model's directory; whichever prepares it first, the other waits for its lock.
+    async with asyncio.TaskGroup() as group:
+        starting = group.create_task(engine.start())
+        reading = group.create_task(asyncio.to_thread(_vocabulary, settings, progress)) if vocabulary is None else None
+    hello = starting.result()
+    tokenizer, template = vocabulary or (reading.result() if reading else _vocabulary(settings, progress))
+    name = model_name(settings.model_name or hello.model)
+    canary = Canary(engine, (*tokenizer.prefix, *tokenizer.encode(Canary.PROMPT)), settings.canary_seconds)
+    async with aclosing(engine.watch_ready()) as states:  # type: ignore[type-var]
+        async for ready in states:
+            if not ready:
+                await serving.unready()
+                continue
+            servicer.warm(Model(name, engine.hello, tokenizer, template, new_instance()))
+            await serving.ready()
+            log.info("replica ready")
+            async with canary.watching(serving.ready, serving.unready):
+                await _until_changed(engine)
+
+
+async def _until_changed(engine: Host) -> None:
+    """Until the engine is not ready any more."""
+    async with aclosing(engine.watch_ready()) as states:  # type: ignore[type-var]
+        async for ready in states:
+            if not ready:
+                return
+
+
+def _vocabulary(settings: InferenceSettings, progress: weights.Progress | None) -> Vocabulary:
+    """Tokenizer and template of the model. Blocking: about a second for a large vocabulary, more while weights are prepared."""
+    began = time.monotonic()
+    directory = weights.prepare(settings.model, weights.cache_directory(settings.cache_dir), progress)
+    prepared = time.monotonic()
+    tokenizer = Tokenizer.from_directory(directory)
+    template = load_template(directory, tokenizer, tokenizer.prefix, settings.chat_template)
+    tokenizer.newline_ids  # noqa: B018  # found once, here, rather than under the first request
+    log.info("vocabulary read", extra={"prepare_s": round(prepared - began, 3), "read_s": round(time.monotonic() - prepared, 3)})
+    return tokenizer, template
+
+
+def _public_keys(pairs: tuple[str, ...]) -> Mapping[str, Ed25519PublicKey]:
+    """`kid=path` pairs as keys. Raises ValueError for what is not an Ed25519 public key in PEM."""
+    keys = {}
+    for pair in pairs:
+        kid, _, path = pair.partition("=")
+        key = load_pem_public_key(Path(path).read_bytes())
+        if not isinstance(key, Ed25519PublicKey):
+            raise ValueError(f"the key of {kid} is not Ed25519")
+        keys[kid] = key
+    return keys
+
+
+def _report(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("the replica cannot serve", exc_info=error)

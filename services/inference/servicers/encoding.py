@@ -1,0 +1,364 @@
+"""Tasks that read and generate nothing: labels by likelihood, vectors, and spans of passages."""
+
+import array
+import asyncio
+import hashlib
+import itertools
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
+from typing import TypeVar
+
+from argosy.v1 import content_pb2, embedding_pb2, language_pb2, usage_pb2
+from argosy_internal.engine.v1 import engine_pb2
+from services.chassis.errors import FieldOutOfRange, ModelCapability, NotStarted, PromptTooLong, StreamLost, UnsupportedLanguage
+from services.inference import languages, spans, tasks
+from services.inference.engine.calls import Done, Embed, Embedded, Score, Scored, Token
+from services.inference.engine.host import EngineLost, EngineNotReady, Host
+from services.inference.languages import Language
+from services.inference.servicers.generating import DEADLINE_MARGIN_S, Who, refusal
+from services.inference.servicers.plans import Planner
+
+__all__ = ["Encoder"]
+
+PARALLEL_CALLS = 16  # of one request; the rest wait here rather than in the engine's queue
+EMBED_BATCH = 32  # inputs of one engine call
+WINDOW_TOKENS = 8_192  # a text longer than this, or than the context, is read in windows
+OVERLAP = 8  # windows share one part in this many
+BASELINES = 1_024  # label sets whose bias is remembered
+SENTIMENT = ("positive", "neutral", "negative")
+START_BEAM = 12  # starts of an answer that are followed
+SPAN_TOKENS = 32  # longest answer
+VECTOR_VALUES = 786_432  # texts × dimensions: the reply stays under 3 MiB
+
+T = TypeVar("T")
+Left = Callable[[], float]
+
+
+class Spending:
+    """The engine's counts of one request, kept where the door can read them whatever happens."""
+
+    def __init__(self, who: Who, usage: usage_pb2.Usage, left_s: Left) -> None:
+        self.who = who
+        self.left_s = left_s
+        self._usage = usage
+        self._number = itertools.count(1)
+        self._gate = asyncio.Semaphore(PARALLEL_CALLS)
+
+    def id(self) -> str:
+        """Of the next engine call."""
+        return f"{self.who.id}:{next(self._number)}"
+
+    def deadline_s(self) -> float:
+        """For the engine: a little before the wire's."""
+        left = self.left_s()
+        return max(0.0, left - min(DEADLINE_MARGIN_S, left / 2))
+
+    def add(self, done: Done) -> None:
+        """One call's counts; raises what its error means."""
+        self._usage.input_tokens += done.usage.input_tokens
+        self._usage.cached_input_tokens += done.usage.cached_input_tokens
+        self._usage.output_tokens += done.usage.output_tokens
+        if done.error is not None:
+            raise refusal(done.error)
+
+    async def each(self, work: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
+        """Run all, a bounded number at a time; the first that fails ends the others."""
+
+        async def one(run: Callable[[], Awaitable[T]]) -> T:
+            async with self._gate:
+                return await run()
+
+        running: list[asyncio.Task[T]] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                running = [group.create_task(one(run)) for run in work]
+        except BaseExceptionGroup as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
+        return [task.result() for task in running]
+
+
+class Encoder:
+    """Answers `Encode` with the engine's scores and vectors."""
+
+    def __init__(self, host: Host, planner: Planner) -> None:
+        self._host = host
+        self._planner = planner
+        self._baselines: OrderedDict[bytes, list[float]] = OrderedDict()
+
+    async def encode(
+        self, request: engine_pb2.EncodeRequest, who: Who, model: content_pb2.ServedModel, usage: usage_pb2.Usage, left_s: Left
+    ) -> engine_pb2.EncodeResponse:
+        """The caller's reply, whole. `usage` grows as calls end."""
+        usage.cached_input_tokens = 0  # known, even where nothing was cached
+        spending = Spending(who, usage, left_s)
+        match request.WhichOneof("task"):
+            case "classify":
+                labels = await self.classify(request.classify, spending)
+                labels.model.CopyFrom(model)
+                labels.usage.CopyFrom(usage)
+                return engine_pb2.EncodeResponse(classify=labels)
+            case "embed":
+                vectors = await self.embed(request.embed, spending)
+                vectors.model.CopyFrom(model)
+                vectors.usage.CopyFrom(usage)
+                return engine_pb2.EncodeResponse(embed=vectors)
+            case _:
+                answers = await self.answer(request.answer, spending)
+                answers.model.CopyFrom(model)
+                answers.usage.CopyFrom(usage)
+                return engine_pb2.EncodeResponse(answer=answers)
+
+    # --- the engine -----------------------------------------------------------------------------------------------------------------
+
+    async def _ask(self, call: Score | Embed, spending: Spending) -> Scored | Embedded:
+        reply: Scored | Embedded | None = None
+        try:
+            async with aclosing(self._host.submit(call)) as messages:  # leaving it early ends the call
+                async for message in messages:
+                    match message:
+                        case Scored() | Embedded():
+                            reply = message
+                        case Done():
+                            spending.add(message)
+                        case _:
+                            assert not isinstance(message, Token)  # nothing generates here
+        except EngineNotReady:
+            raise NotStarted from None
+        except EngineLost:
+            raise StreamLost from None
+        assert reply is not None  # a Done without error follows an answer
+        return reply
+
+    async def _score(
+        self,
+        prefix: Sequence[int],
+        continuations: Sequence[Sequence[int]],
+        spending: Spending,
+        probes: Sequence[int] = (),
+        first_probes: Sequence[int] = (),
+    ) -> Scored:
+        who = spending.who
+        call = Score(
+            id=spending.id(),
+            prefix=tuple(prefix),
+            continuations=tuple(map(tuple, continuations)),
+            deadline_s=spending.deadline_s(),
+            tenant=who.tenant,
+            cache_salt=who.cache_salt,
+            probes=tuple(probes),
+            first_probes=tuple(first_probes),
+            work_class=who.work_class,
+        )
+        reply = await self._ask(call, spending)
+        assert isinstance(reply, Scored)  # what a Score is answered with
+        return reply
+
+    # --- labels -----------------------------------------------------------------------------------------------------------------------
+
+    async def classify(self, asked: language_pb2.ClassifyTextRequest, spending: Spending) -> language_pb2.ClassifyTextResponse:
+        """Probabilities over labels for each text, by how much the text raises each label's likelihood."""
+        source = asked.WhichOneof("label_source")
+        if source is None:
+            raise ModelCapability("label_source", "classify_tuned")
+        labels = list(asked.zero_shot.labels) if source == "zero_shot" else list(SENTIMENT)
+        word = tasks.label if source == "zero_shot" else tasks.sentiment
+        instruction = asked.zero_shot.instruction
+
+        def wording(text: str) -> tasks.Wording:
+            return word(text, labels, instruction)
+
+        baseline_work: dict[str, asyncio.Future[list[float]]] = {}
+
+        async def one(text: str) -> language_pb2.Classification:
+            script = tasks.script(text)
+            if script not in baseline_work:
+                baseline_work[script] = asyncio.ensure_future(self._baseline(script, labels, instruction, wording, spending))
+            scores, count = await self._label_scores(text, labels, wording, spending)
+            contrast = [score - bias for score, bias in zip(scores, await baseline_work[script], strict=True)]
+            chances = [tasks.independent(one) for one in contrast] if asked.multi_label else tasks.softmax(contrast)
+            ranked = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])[: asked.top_k or len(labels)]
+            scored = [content_pb2.LabelScore(label=label, probability=chance) for label, chance in ranked]
+            return language_pb2.Classification(labels=scored, windows=count)
+
+        try:
+            results = await spending.each([lambda text=text: one(text) for text in asked.texts])  # type: ignore[misc]
+        finally:
+            for work in baseline_work.values():
+                work.cancel()
+        return language_pb2.ClassifyTextResponse(results=results, calibration=language_pb2.CALIBRATION_NONE)
+
+    async def _label_scores(
+        self, text: str, labels: Sequence[str], wording: Callable[[str], tasks.Wording], spending: Spending
+    ) -> tuple[list[float], int]:
+        """Length-normalised log-likelihood of each label after the text; over windows, their mean. And how many windows."""
+        continuations = await self._continuations(labels)
+        frame = len(await self._planner.wording(wording(""))) + max(map(len, continuations))
+        size = min(WINDOW_TOKENS, self._planner.hello.context - frame)
+        if size < 1:
+            raise PromptTooLong("label_source", frame, self._planner.hello.context, "tokens")
+        parts = await self._planner.windows(text, size, size // OVERLAP)
+        rows = []
+        for part in parts:
+            reply = await self._score(await self._planner.wording(wording(part)), continuations, spending)
+            rows.append([tasks.normalised(continuation.logprobs) for continuation in reply.continuations])
+        return [sum(column) / len(rows) for column in zip(*rows, strict=True)], len(rows)
+
+    async def _continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """What follows a prompt's end: after a blank where the prompt is plain."""
+        blank = " " if self._planner.plain else ""
+        return await self._planner.tokenizer.aencode_batch([blank + text for text in texts])
+
+    async def _baseline(
+        self, script: str, labels: Sequence[str], instruction: str, wording: Callable[[str], tasks.Wording], spending: Spending
+    ) -> list[float]:
+        """What each label scores under texts that say nothing about it: the prompt's own bias.
+
+        Remembered for each project apart, so that nobody can time what labels another project uses.
+        """
+        key = hashlib.sha256(repr((spending.who.tenant, script, tuple(labels), instruction)).encode()).digest()
+        known = self._baselines.get(key)
+        if known is None:
+            rows = [(await self._label_scores(text, labels, wording, spending))[0] for text in tasks.NEUTRAL_TEXTS[script]]
+            known = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+            self._baselines[key] = known
+        self._baselines.move_to_end(key)
+        while len(self._baselines) > BASELINES:
+            self._baselines.popitem(last=False)
+        return known
+
+    async def language(self, text: str, who: Who, left_s: float) -> Language:
+        """The language of a text: by its script, then by the likelihood of the language's name. Raises UnsupportedLanguage."""
+        tags = languages.candidates(text)
+        if not tags:
+            raise UnsupportedLanguage("source_language")
+        if len(tags) == 1:
+            return Language(tags[0], languages.LANGUAGES[tags[0]])
+        spending = Spending(who, usage_pb2.Usage(), lambda: left_s)
+        names = await self._continuations([languages.LANGUAGES[tag] for tag in tags])
+
+        async def scores(sample: str) -> list[float]:
+            prefix = await self._planner.text(tasks.detect_language(sample))
+            return [tasks.normalised(one.logprobs) for one in (await self._score(prefix, names, spending)).continuations]
+
+        said, bias = await scores(text[:500]), await scores("...")
+        place = max(range(len(tags)), key=lambda at: said[at] - bias[at])
+        return Language(tags[place], languages.LANGUAGES[tags[place]])
+
+    # --- vectors ----------------------------------------------------------------------------------------------------------------------
+
+    async def embed(self, asked: embedding_pb2.EmbedTextsRequest, spending: Spending) -> embedding_pb2.EmbedTextsResponse:
+        """A vector a text: the mean over its tokens, over windows weighted by their tokens."""
+        width = self._planner.hello.width
+        if asked.HasField("dimensions") and asked.dimensions != width:
+            if asked.dimensions > width:
+                raise FieldOutOfRange("dimensions", asked.dimensions, width, "values")
+            raise ModelCapability("dimensions", "embedding_truncation")  # the model was not trained for it
+        if len(asked.texts) * width > VECTOR_VALUES:
+            raise FieldOutOfRange("texts", len(asked.texts), VECTOR_VALUES // width, "texts")
+        prefix = self._planner.tokenizer.prefix
+        size = min(WINDOW_TOKENS, self._planner.hello.context) - len(prefix)
+        encoded = await self._planner.tokenizer.aencode_batch(asked.texts)
+        inputs = [(place, ids[first:last]) for place, ids in enumerate(encoded) for first, last in tasks.windows(len(ids), size, 0)]
+        batches = [inputs[at : at + EMBED_BATCH] for at in range(0, len(inputs), EMBED_BATCH)]
+
+        async def one(batch: Sequence[tuple[int, list[int]]]) -> list[bytes]:
+            call = Embed(
+                id=spending.id(),
+                inputs=tuple((*prefix, *ids) for _, ids in batch),
+                deadline_s=spending.deadline_s(),
+                tenant=spending.who.tenant,
+                cache_salt=spending.who.cache_salt,
+                work_class=spending.who.work_class,
+            )
+            reply = await self._ask(call, spending)
+            assert isinstance(reply, Embedded)  # what an Embed is answered with
+            return list(reply.vectors)
+
+        replies = await spending.each([lambda batch=batch: one(batch) for batch in batches])  # type: ignore[misc]
+        sums = [[0.0] * width for _ in asked.texts]
+        weights = [0] * len(asked.texts)
+        for (place, ids), raw in zip(inputs, itertools.chain.from_iterable(replies), strict=True):
+            weight = len(prefix) + len(ids)
+            weights[place] += weight
+            sums[place] = [total + weight * value for total, value in zip(sums[place], _floats(raw), strict=True)]
+        normalize = not asked.HasField("normalize") or asked.normalize
+        vectors = [_scaled(total, math.hypot(*total) if normalize else weight) for total, weight in zip(sums, weights, strict=True)]
+        return embedding_pb2.EmbedTextsResponse(embeddings=[embedding_pb2.Embedding(values=values) for values in vectors])
+
+    # --- spans ------------------------------------------------------------------------------------------------------------------------
+
+    async def answer(self, asked: language_pb2.AnswerQuestionRequest, spending: Spending) -> language_pb2.AnswerQuestionResponse:
+        """The most likely spans of the passages, against "no answer"."""
+        frame = len(await self._planner.wording(tasks.extract(asked.question, ""))) + SPAN_TOKENS
+        size = min(WINDOW_TOKENS, self._planner.hello.context - frame)
+        if size < SPAN_TOKENS:
+            raise PromptTooLong("question", frame, self._planner.hello.context, "tokens")
+        work = []
+        for place, passage in enumerate(asked.passages):
+            at = 0
+            for window in await self._planner.windows(passage.text, size, 2 * SPAN_TOKENS if size > 4 * SPAN_TOKENS else 0):
+                at = passage.text.index(window, at)
+                work.append(lambda place=place, window=window, at=at: self._spans(asked.question, window, place, at, spending))
+        found = await spending.each(work)
+        answers, none = spans.best(list(itertools.chain.from_iterable(found)), asked.top_k or 1)
+        response = language_pb2.AnswerQuestionResponse(no_answer_probability=none)
+        for answer in answers:
+            passage = asked.passages[answer.passage]
+            text = passage.text[answer.start : answer.end]
+            first = len(passage.text[: answer.start].encode())
+            span = content_pb2.Span(start_byte=first, end_byte=first + len(text.encode()), text=text, source_id=passage.id)
+            response.answers.add(span=span, probability=answer.probability)
+        return response
+
+    async def _spans(self, question: str, window: str, place: int, at: int, spending: Spending) -> list[spans.Scored]:
+        """Candidates in one window: the likeliest starts, and from each every end up to SPAN_TOKENS."""
+        tokenizer = self._planner.tokenizer
+        prefix = await self._planner.wording(tasks.extract(question, window))
+        starts = spans.word_starts(window)
+        if not starts:
+            return []
+        blank = " " if self._planner.plain else ""
+        # A token has at least one character in nearly every text, and 6 at most in most: this covers SPAN_TOKENS tokens.
+        tails = [window[start : start + 8 * SPAN_TOKENS] for start in starts]
+        firsts = [ids[:1] for ids in await tokenizer.aencode_batch([blank + tail[:32] for tail in tails])]
+        none = (await tokenizer.aencode_batch([blank + tasks.NO_ANSWER]))[0]
+        probes = tuple(dict.fromkeys(token for first in firsts for token in first))
+        ends = (*self._planner.hello.end_token_ids, *(tokenizer.newline_ids if self._planner.plain else ()))
+        reply = await self._score(prefix, [none], spending, ends, probes)
+        none_score = sum(reply.continuations[0].logprobs) + spans.logsumexp(reply.continuations[0].probes[-1])
+        likely = dict(zip(probes, reply.first_probes, strict=True))
+        order = sorted(range(len(starts)), key=lambda one: -max((likely[token] for token in firsts[one]), default=-math.inf))
+        chosen = sorted(order[:START_BEAM])
+        pieces = await asyncio.to_thread(lambda: [tokenizer.pieces(blank + tails[one])[:SPAN_TOKENS] for one in chosen])
+        reply = await self._score(prefix, [[piece.id for piece in row] for row in pieces], spending, ends)
+        borders = spans.word_ends(window)
+        found = []
+        for one, row, continuation in zip(chosen, pieces, reply.continuations, strict=True):
+            said = (blank + tails[one]).encode()
+            total = 0.0
+            for step, (piece, logprob) in enumerate(zip(row, continuation.logprobs, strict=True), 1):
+                total += logprob
+                end = starts[one] + len(said[: piece.end_byte].decode()) - len(blank)
+                if end in borders and (step == len(row) or row[step].start_byte == piece.end_byte):
+                    log_odds = total + spans.logsumexp(continuation.probes[step]) - none_score
+                    found.append(spans.Scored(place, at + starts[one], at + end, log_odds))
+        return found
+
+
+def _floats(raw: bytes) -> Sequence[float]:
+    """Little-endian float32 values."""
+    values = array.array("f")
+    values.frombytes(raw)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
+
+def _scaled(values: Sequence[float], divisor: float) -> list[float]:
+    return [value / divisor for value in values] if divisor else list(values)

@@ -1,0 +1,325 @@
+"""EngineService: messages in, calls to the engine, events out. Every method checks the bounds again; the door has checked the caller."""
+
+import asyncio
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+
+from argosy.v1 import generation_pb2, model_pb2, stream_pb2, usage_pb2
+from argosy.v1.config_pb2 import GenerationConfig
+from argosy.v1.config_pb2 import WorkClass as PublicWorkClass
+from argosy_internal.engine.v1 import engine_pb2, engine_pb2_grpc
+from services.chassis import bounds
+from services.chassis.channel import remaining
+from services.chassis.errors import CallerLeft, Internal, ModelCapability, ModelNotServed, NotStarted, Shed, SlowConsumer
+from services.chassis.identity import CALLER, Caller
+from services.chassis.interceptors import progress
+from services.inference.engine.calls import Hello, Load, Sampling, WorkClass
+from services.inference.engine.host import Host
+from services.inference.servicers.config import asked_from_proto, default_config
+from services.inference.servicers.encoding import Encoder
+from services.inference.servicers.generating import Generation, Who, served
+from services.inference.servicers.outbox import Outbox
+from services.inference.servicers.plans import Planner, messages_from_proto, tools_from_proto
+from services.inference.templates import ChatTemplate
+from services.inference.tokenizer import Tokenizer
+
+__all__ = ["USAGE_KEY", "EngineServicer", "Model", "Pace"]
+
+USAGE_KEY = "argosy-usage-bin"  # argosy.v1.Usage in the trailers of every end that has no Completed
+VERSION = "0.1.0"
+WORK = {PublicWorkClass.WORK_CLASS_BATCH: WorkClass.BATCH}
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Times of a stream, in seconds."""
+
+    heartbeat_s: float = 15.0
+    write_stall_s: float = 30.0
+    load_s: float = 15.0  # a load report at least this often
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is loaded, as this process sees it."""
+
+    name: str  # `models/{name}`
+    hello: Hello
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    instance_id: str
+
+
+class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
+    """One replica. Until `warm` is called every method answers NOT_STARTED."""
+
+    def __init__(self, host: Host, pace: Pace = Pace(), max_waiting: int = 1_024, draining: Callable[[], bool] = lambda: False) -> None:
+        self._host = host
+        self._pace = pace
+        self._max_waiting = max_waiting
+        self._draining = draining
+        self._model: Model | None = None
+        self._planner: Planner | None = None
+        self._encoder: Encoder | None = None
+        self._running: dict[tuple[str, str], Generation] = {}  # by project and generation id
+        self._encoding: dict[tuple[str, str], asyncio.Task[Any]] = {}
+
+    def warm(self, model: Model) -> None:
+        """The engine said Hello: answer from now on."""
+        self._planner = Planner(model.tokenizer, model.template, model.hello)
+        self._encoder = Encoder(self._host, self._planner)
+        self._model = model
+
+    # --- generation ---------------------------------------------------------------------------------------------------------------
+
+    async def Generate(self, request: engine_pb2.GenerateRequest, context: Any) -> AsyncIterator[stream_pb2.GenerationEvent]:
+        """Admit, then stream: initial metadata goes out once the prompt is known to fit and the engine takes work."""
+        bounds.check(request)
+        model, caller, who = self._enter(request.model.base_digest, request.model.adapter_digest, request)
+        assert self._planner is not None and self._encoder is not None  # `warm` set them together
+        is_task = request.WhichOneof("prompt") not in ("text", "chat")
+        # A task has one output a text, and is greedy unless asked otherwise: its wording leaves little to chance.
+        defaults = Sampling(seed=0, temperature=0.0) if is_task else model.hello.default_sampling
+        asked = asked_from_proto(request.config, defaults, model.hello.vocabulary, most_outputs=1 if is_task else 4)
+        encoder = self._encoder
+        plan = await self._planner.plan(request, lambda text: encoder.language(text, who, _left_s()))
+        ceilings = [caller.output_token_ceiling, request.output_token_ceiling if request.HasField("output_token_ceiling") else None]
+        stalled: list[Callable[[], None]] = []
+        outbox = Outbox(
+            flush_s=asked.flush_s,
+            heartbeat_s=self._pace.heartbeat_s,
+            stall_s=self._pace.write_stall_s,
+            stalled=lambda: stalled[0](),
+        )
+        generation = Generation(
+            host=self._host,
+            tokenizer=model.tokenizer,
+            context_tokens=model.hello.context,
+            who=who,
+            asked=asked,
+            plan=plan,
+            started=stream_pb2.Started(
+                generation_id=request.generation_id, request_id=request.request_id, model=served(request.model, model.hello.digest)
+            ),
+            outbox=outbox,
+            left_s=_left_s,
+            ceiling=min((ceiling for ceiling in ceilings if ceiling is not None), default=None),
+        )
+        stalled.append(lambda: generation.abort(SlowConsumer()))
+        generation.check()
+        key = (caller.project_uid, request.generation_id)
+        if key in self._running:
+            raise NotStarted  # the attempt before it is still ending
+        self._admit(plan.prompt_tokens)
+        self._running[key] = generation
+        pump = asyncio.create_task(generation.run(), name="generation")
+        try:
+            await context.send_initial_metadata(())
+            how_far = progress()
+            async with aclosing(outbox.events()) as events:
+                async for event in events:
+                    how_far.last_sequence = event.sequence
+                    yield event
+        except Exception:
+            _tell_usage(context, generation.spent.usage())
+            raise
+        finally:
+            # The caller left, or all is said. Ending the pump ends the engine's calls within a step.
+            del self._running[key]
+            pump.cancel()
+            await asyncio.wait([pump])
+
+    def _enter(self, base_digest: str, adapter_digest: str, request: Any) -> tuple[Model, Caller, Who]:
+        """Who asks, of what is loaded."""
+        model, caller = self._loaded(), _caller()
+        if base_digest and base_digest != model.hello.digest:
+            raise ModelNotServed
+        if adapter_digest:
+            raise ModelCapability("model", "adapters")
+        work_class = WORK.get(request.work_class, WorkClass.INTERACTIVE)
+        return model, caller, Who(request.generation_id, caller.project_uid, bytes.fromhex(caller.kv_scope), work_class)
+
+    def _loaded(self) -> Model:
+        if self._model is None or not self._host.ready:
+            raise NotStarted
+        return self._model
+
+    def _admit(self, prompt_tokens: int) -> None:
+        """Raise Shed where the queue is full, or where waiting and prefill alone are predicted to outlast the deadline."""
+        load = self._host.load
+        rate = load.prefill_tokens_per_s
+        wait_s = (load.queued_tokens + prompt_tokens) / rate if rate > 0 else 0.0
+        if load.waiting_sequences >= self._max_waiting or wait_s > _left_s():
+            raise Shed(retry_after_s=max(0.1, min(5.0, wait_s / 2)))
+
+    # --- everything else ----------------------------------------------------------------------------------------------------------
+
+    async def Encode(self, request: engine_pb2.EncodeRequest, context: Any) -> engine_pb2.EncodeResponse:
+        """Labels, vectors or spans."""
+        bounds.check(request)
+        model, caller, who = self._enter(request.model.base_digest, request.model.adapter_digest, request)
+        assert self._encoder is not None  # `warm` set it
+        self._admit(0)
+        key = (caller.project_uid, request.generation_id)
+        if key in self._encoding:
+            raise NotStarted
+        await context.send_initial_metadata(())
+        spent = usage_pb2.Usage()
+        answers = served(request.model, model.hello.digest)
+        task = asyncio.create_task(self._encoder.encode(request, who, answers, spent, _left_s), name="encoding")
+        self._encoding[key] = task
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise  # the caller left, and the task was cancelled with us
+            _tell_usage(context, spent)
+            raise CallerLeft from None  # Abort ended it
+        except Exception:
+            _tell_usage(context, spent)
+            raise
+        finally:
+            del self._encoding[key]
+
+    async def CountTokens(self, request: generation_pb2.CountTokensRequest, context: Any) -> generation_pb2.CountTokensResponse:
+        """Tokens of a prompt or a dialogue, and the room left."""
+        bounds.check(request)
+        model = self._loaded()
+        assert self._planner is not None  # `warm` set it
+        if request.WhichOneof("input") == "chat":
+            chat = request.chat
+            tokens = len(await self._planner.chat(messages_from_proto(chat.messages), tools_from_proto(chat.tools)))
+        else:
+            tokens = len(await self._planner.text(request.prompt))
+        room = max(0, model.hello.context - tokens)
+        ceiling = _caller().output_token_ceiling
+        return generation_pb2.CountTokensResponse(
+            tokens=tokens, room=room if ceiling is None else min(room, ceiling), usage=usage_pb2.Usage()
+        )
+
+    async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Any) -> generation_pb2.TokenizeResponse:
+        """Ids, raw bytes and the source bytes each covers."""
+        bounds.check(request)
+        pieces = await asyncio.to_thread(self._loaded().tokenizer.pieces, request.text)
+        tokens = [
+            generation_pb2.TextToken(token_id=piece.id, token=piece.token, start_byte=piece.start_byte, end_byte=piece.end_byte)
+            for piece in pieces
+        ]
+        return generation_pb2.TokenizeResponse(tokens=tokens, usage=usage_pb2.Usage())
+
+    async def Abort(self, request: engine_pb2.AbortRequest, context: Any) -> engine_pb2.AbortResponse:
+        """End the caller's own calls. Unknown ids are ignored; the streams end CANCELLED with their usage in the trailers."""
+        bounds.check(request)
+        project = _caller().project_uid
+        for id in request.generation_ids:
+            if generation := self._running.get((project, id)):
+                generation.abort(CallerLeft())
+            if task := self._encoding.get((project, id)):
+                task.cancel()
+        return engine_pb2.AbortResponse()
+
+    async def GetEngineInfo(self, request: engine_pb2.GetEngineInfoRequest, context: Any) -> engine_pb2.EngineInfo:
+        """What this replica is."""
+        model = self._loaded()
+        hello = model.hello
+        return engine_pb2.EngineInfo(
+            model=model.name,
+            base_digest=hello.digest,
+            architecture=hello.architecture,
+            device=hello.device,
+            dtype=hello.dtype,
+            vocabulary_size=hello.vocabulary,
+            context_tokens=hello.context,
+            embedding_dimensions=hello.width,
+            block_tokens=hello.block_size,
+            total_blocks=hello.blocks,
+            default_config=self._default_config(model),
+            end_token_ids=hello.end_token_ids,
+            backend=hello.backend,
+            capabilities=_capabilities(model.template),
+            version=VERSION,
+            instance_id=model.instance_id,
+        )
+
+    def _default_config(self, model: Model) -> GenerationConfig:
+        return default_config(model.hello)
+
+    async def WatchLoad(self, request: engine_pb2.WatchLoadRequest, context: Any) -> AsyncIterator[engine_pb2.EngineLoad]:
+        """The load now, on change, and at least each 15 s. The engine itself reports at most each 100 ms."""
+        self._loaded()
+        await context.send_initial_metadata(())
+        source = self._host.watch_load()
+        following: asyncio.Future[Load] | None = None
+        try:
+            load = self._host.load
+            while True:
+                yield self._load_message(load)
+                following = following or asyncio.ensure_future(anext(source))
+                done, _ = await asyncio.wait({following}, timeout=self._pace.load_s)
+                if done:
+                    load, following = following.result(), None
+        finally:
+            if following is not None:
+                following.cancel()
+
+    def _load_message(self, load: Load) -> engine_pb2.EngineLoad:
+        step_time = Duration()
+        step_time.FromNanoseconds(round(load.step_s * 1e9))
+        return engine_pb2.EngineLoad(
+            waiting_sequences=load.waiting_sequences,
+            running_sequences=load.running_sequences,
+            queued_tokens=load.queued_tokens,
+            running_tokens=load.running_tokens,
+            prefill_tokens_per_second=load.prefill_tokens_per_s,
+            decode_tokens_per_second=load.decode_tokens_per_s,
+            free_blocks=load.free_blocks,
+            total_blocks=load.total_blocks,
+            cached_tokens=load.cached_tokens,
+            steps=load.steps,
+            step_time=step_time,
+            batch=load.batch,
+            draining=self._draining() or not self._host.ready,
+        )
+
+
+def model_name(said: str) -> str:
+    """`models/{name}` from what the engine or the operator calls the model: a path, a hub id, a file."""
+    last = said.rstrip("/").rsplit("/", 1)[-1].lower()
+    segment = re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:63] or "model"
+    return f"models/{segment}"
+
+
+def new_instance() -> str:
+    """An id for one life of an engine process."""
+    return str(uuid.uuid4())
+
+
+def _capabilities(template: ChatTemplate) -> Sequence[model_pb2.ModelCapability.ValueType]:
+    names = ["GENERATE", "CHAT_PLAIN" if template.name == "plain" else "CHAT_TEMPLATE"]
+    names += ["CLASSIFY_ZERO_SHOT", "EMBED", "ANSWER_EXTRACTIVE", "LOGPROBS", "PROMPT_LOGPROBS", "LOGIT_BIAS", "SEED"]
+    return [model_pb2.ModelCapability.Value(f"MODEL_CAPABILITY_{name}") for name in names]
+
+
+def _caller() -> Caller:
+    caller = CALLER.get()
+    if caller is None:
+        raise Internal  # a door without its caller step: never answer for nobody
+    return caller
+
+
+def _left_s() -> float:
+    """Seconds to the call's deadline."""
+    return remaining(margin_s=0.0, cap_s=900.0)
+
+
+def _tell_usage(context: Any, usage: usage_pb2.Usage) -> None:
+    """What was used up to a failure, for the gateway to settle."""
+    kept = [pair for pair in context.trailing_metadata() or () if pair[0] != USAGE_KEY]
+    context.set_trailing_metadata((*kept, (USAGE_KEY, usage.SerializeToString())))
