@@ -31,9 +31,9 @@ _SCRIPTS = {
     "latn": "Latin script",
 }
 _REGIONS = {
-    "AR": "Argentina", "AT": "Austria", "AU": "Australia", "BE": "Belgium", "BR": "Brazil", "CA": "Canada", "CH": "Switzerland", "CN": "China",
-    "DE": "Germany", "EG": "Egypt", "ES": "Spain", "FR": "France", "GB": "Britain", "HK": "Hong Kong", "IE": "Ireland", "IN": "India",
-    "IT": "Italy", "MX": "Mexico", "PT": "Portugal", "SG": "Singapore", "TW": "Taiwan", "US": "United States",
+    "AR": "Argentina", "AT": "Austria", "AU": "Australia", "BE": "Belgium", "BR": "Brazil", "CA": "Canada", "CH": "Switzerland",
+    "CN": "China", "DE": "Germany", "EG": "Egypt", "ES": "Spain", "FR": "France", "GB": "Britain", "HK": "Hong Kong", "IE": "Ireland",
+    "IN": "India", "IT": "Italy", "MX": "Mexico", "PT": "Portugal", "SG": "Singapore", "TW": "Taiwan", "US": "United States",
 }  # fmt: skip
 
 
@@ -66,11 +66,12 @@ def language(tag: str) -> Language | None:
 
 # First letters of scripts that few languages write: the block's borders, then who writes it.
 _BLOCKS = (
-    (0x0370, 0x03FF, ("el",)), (0x0400, 0x052F, ("ru", "uk", "be", "bg", "sr", "mk", "kk", "ky", "mn", "tg", "tt")), (0x0530, 0x058F, ("hy",)),
-    (0x0590, 0x05FF, ("he", "yi")), (0x0600, 0x077F, ("ar", "fa", "ur", "ps", "sd", "ug", "ku")), (0x0900, 0x097F, ("hi", "mr", "ne")),
-    (0x0980, 0x09FF, ("bn", "as")), (0x0A00, 0x0A7F, ("pa",)), (0x0A80, 0x0AFF, ("gu",)), (0x0B00, 0x0B7F, ("or",)), (0x0B80, 0x0BFF, ("ta",)),
-    (0x0C00, 0x0C7F, ("te",)), (0x0C80, 0x0CFF, ("kn",)), (0x0D00, 0x0D7F, ("ml",)), (0x0D80, 0x0DFF, ("si",)), (0x0E00, 0x0E7F, ("th",)),
-    (0x0E80, 0x0EFF, ("lo",)), (0x1000, 0x109F, ("my",)), (0x10A0, 0x10FF, ("ka",)), (0x1200, 0x137F, ("am",)), (0x1780, 0x17FF, ("km",)),
+    (0x0370, 0x03FF, ("el",)), (0x0400, 0x052F, ("ru", "uk", "be", "bg", "sr", "mk", "kk", "ky", "mn", "tg", "tt")),
+    (0x0530, 0x058F, ("hy",)), (0x0590, 0x05FF, ("he", "yi")), (0x0600, 0x077F, ("ar", "fa", "ur", "ps", "sd", "ug", "ku")),
+    (0x0900, 0x097F, ("hi", "mr", "ne")), (0x0980, 0x09FF, ("bn", "as")), (0x0A00, 0x0A7F, ("pa",)), (0x0A80, 0x0AFF, ("gu",)),
+    (0x0B00, 0x0B7F, ("or",)), (0x0B80, 0x0BFF, ("ta",)), (0x0C00, 0x0C7F, ("te",)), (0x0C80, 0x0CFF, ("kn",)),
+    (0x0D00, 0x0D7F, ("ml",)), (0x0D80, 0x0DFF, ("si",)), (0x0E00, 0x0E7F, ("th",)), (0x0E80, 0x0EFF, ("lo",)),
+    (0x1000, 0x109F, ("my",)), (0x10A0, 0x10FF, ("ka",)), (0x1200, 0x137F, ("am",)), (0x1780, 0x17FF, ("km",)),
     (0x3040, 0x30FF, ("ja",)), (0x4E00, 0x9FFF, ("zh",)), (0xAC00, 0xD7AF, ("ko",)),
 )  # fmt: skip
 _LATIN = (

@@ -153,8 +153,8 @@ ChatTemplate = PlainTemplate | JinjaTemplate
 def load_template(directory: Path, control: Splitter, prefix: Iterable[int] = (), file: Path | None = None) -> ChatTemplate:
     """The operator's template: `file`, else the one beside the weights, else the plain one.
 
-    Beside the weights: chat_template.jinja, then `chat_template` in tokenizer_config.json. Raises TemplateRefused over 256 KiB or when it does
-    not parse: a replica that would fail each chat does not start.
+    Beside the weights: chat_template.jinja, then `chat_template` in tokenizer_config.json. Raises TemplateRefused over 256 KiB or
+    when it does not parse: a replica that would fail each chat does not start.
     """
     config: dict[str, Any] = {}
     path = directory / "tokenizer_config.json"

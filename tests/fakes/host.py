@@ -1,8 +1,8 @@
 """An engine without tensors: the `Host` protocol, scripted, with ground truth about what it really did.
 
 Without a script every call says the prompt's own tokens back, so a canary in a prompt is a canary in the answer (I5). A script is a
-list a call works through for each output: an id is a token, a FinishReason ends the output, an Event is waited for (set it with `release`), `LIMIT` waits for the
-time limit or the deadline, an exception is raised as if the engine had failed.
+list a call works through for each output: an id is a token, a FinishReason ends the output, an Event is waited for (set it with
+`release`), `LIMIT` waits for the time limit or the deadline, an exception is raised as if the engine had failed.
 """
 
 import asyncio
@@ -32,6 +32,7 @@ from services.inference.engine.calls import (
     Timings,
     Token,
     Usage,
+    WorkClass,
 )
 from services.inference.engine.host import EngineLost, EngineNotReady
 
@@ -81,6 +82,7 @@ class FakeHost:
     totals: Counter[str] = field(default_factory=Counter)  # tokens, done, aborted, lost
     closed: bool = False
     drained_s: float | None = None
+    golden: Sequence[int] = tuple(range(10, 18))  # what the replica's own golden prompt (class EXPLAIN) is answered; not counted
     error: str | None = None  # `Done.error` of each call, in place of an answer
     _stopped: set[tuple[str, int]] = field(default_factory=set)
     _aborted: set[str] = field(default_factory=set)
@@ -158,6 +160,12 @@ class FakeHost:
     async def submit(self, call: Call) -> AsyncIterator[FromEngine]:
         if not self.ready:
             raise EngineNotReady("scripted")
+        if call.work_class is WorkClass.EXPLAIN:
+            for token in self.golden:
+                yield Token(call.id, 0, token)
+            yield Ended(call.id, 0, FinishReason.LENGTH)
+            yield Done(call.id, Usage(len(call.prompt), 0, len(self.golden)), Timings(0.0, 0.0, 0.0))
+            return
         self.calls.append(call)
         self.running.add(call.id)
         self.changed()

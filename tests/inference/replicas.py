@@ -1,16 +1,17 @@
 """A real replica over a scripted host: what the tests of the wire talk to."""
 
+import time
 import uuid
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import grpc.aio
-from argosy.v1 import config_pb2, content_pb2, stream_pb2
-from argosy_internal.engine.v1 import engine_pb2, engine_pb2_grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from argosy.v1 import config_pb2, content_pb2, stream_pb2
+from argosy_internal.engine.v1 import engine_pb2, engine_pb2_grpc
 from services.chassis.channel import open_channel
 from services.chassis.identity import CALLER_KEY, Caller, CallerSigner, CallerVerifier
 from services.inference.server import AUDIENCE, inference
@@ -19,8 +20,6 @@ from services.inference.templates import PlainTemplate
 from services.inference.tokenizer import Tokenizer
 from tests.fakes.host import FakeHost
 from tests.inference.vocabularies import byte_fallback
-
-import time  # isort: skip
 
 KEY = Ed25519PrivateKey.generate()
 SIGNER = CallerSigner(KEY, "gateway")
@@ -54,6 +53,10 @@ def ids(*words):
     return [token for word in words for token in TOKENIZER.encode(word)]
 
 
+def trailers(error):
+    return dict(error.trailing_metadata())
+
+
 @dataclass
 class Client:
     """Speaks to one replica as the gateway does."""
@@ -66,14 +69,14 @@ class Client:
     def call(self, message, timeout=10.0, metadata=None):
         return self.stub.Generate(message, timeout=timeout, metadata=signed() if metadata is None else metadata)
 
-    async def generate(self, message, timeout=10.0):
-        return [event async for event in self.call(message, timeout)]
+    async def generate(self, message):
+        return [event async for event in self.call(message)]
 
-    async def encode(self, timeout=10.0, **task):
+    async def encode(self, **task):
         message = engine_pb2.EncodeRequest(
             generation_id=str(uuid.uuid4()), request_id=str(uuid.uuid4()), model=content_pb2.ServedModel(version="models/tiny"), **task
         )
-        return await self.stub.Encode(message, timeout=timeout, metadata=signed())
+        return await self.stub.Encode(message, timeout=10, metadata=signed())
 
     async def until(self, status, service="ready"):
         """Wait until Health says so."""
@@ -102,16 +105,7 @@ async def client(host=None, template=PLAIN, ready=True, tokenizer=TOKENIZER, **s
 
 def reason(error):
     """The ErrorInfo of a failed call: reason and metadata."""
-    from google.rpc import error_details_pb2
-    from grpc_status import rpc_status
-
-    status = rpc_status.from_call(error) if isinstance(error, grpc.Call) else None
-    if status is None:
-        from google.rpc import status_pb2
-
-        raw = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
-        status = status_pb2.Status.FromString(raw)
-    for detail in status.details:
+    for detail in status_pb2.Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"]).details:
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info):
             return info.reason, dict(info.metadata)

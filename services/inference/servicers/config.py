@@ -45,7 +45,8 @@ class Asked:
                 seed=sampling.seed, n=self.outputs,
             ),
             penalties=config_pb2.Penalties(
-                repetition=sampling.repetition, frequency=sampling.frequency, presence=sampling.presence, logit_bias=dict(sampling.logit_bias),
+                repetition=sampling.repetition, frequency=sampling.frequency, presence=sampling.presence, 
+                logit_bias=dict(sampling.logit_bias),
             ),
             stopping=config_pb2.Stopping(
                 max_output_tokens=max_output_tokens, min_output_tokens=min_output_tokens, stop_sequences=stopping.stop_sequences,
@@ -104,7 +105,7 @@ def asked_from_proto(config: config_pb2.GenerationConfig, defaults: Sampling, vo
 def limits_from_proto(
     stopping: config_pb2.Stopping, room: int, end_token_ids: tuple[int, ...], ceiling: int | None = None, context: int | None = None
 ) -> Limits:
-    """Lengths of one output with `room` tokens left after the prompt. Unset becomes the smaller of room and ceiling; above it is refused."""
+    """Lengths of one output with `room` tokens after the prompt. Unset is the smaller of room and ceiling; above it is refused."""
     if room < 1:
         limit = (context or 1) - 1
         raise PromptTooLong("prompt", limit + 1 - room, limit, "tokens")

@@ -16,7 +16,7 @@ from argosy.v1.config_pb2 import WorkClass as PublicWorkClass
 from argosy_internal.engine.v1 import engine_pb2, engine_pb2_grpc
 from services.chassis import bounds
 from services.chassis.channel import remaining
-from services.chassis.errors import CallerLeft, Internal, ModelCapability, ModelNotServed, NotStarted, Shed, SlowConsumer
+from services.chassis.errors import CallerLeft, Internal, ModelCapability, ModelNotServed, NotStarted, ServiceError, Shed, SlowConsumer
 from services.chassis.identity import CALLER, Caller
 from services.chassis.interceptors import progress
 from services.inference.engine.calls import Hello, Load, Sampling, WorkClass
@@ -90,12 +90,10 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         encoder = self._encoder
         plan = await self._planner.plan(request, lambda text: encoder.language(text, who, _left_s()))
         ceilings = [caller.output_token_ceiling, request.output_token_ceiling if request.HasField("output_token_ceiling") else None]
-        stalled: list[Callable[[], None]] = []
         outbox = Outbox(
             flush_s=asked.flush_s,
             heartbeat_s=self._pace.heartbeat_s,
             stall_s=self._pace.write_stall_s,
-            stalled=lambda: stalled[0](),
         )
         generation = Generation(
             host=self._host,
@@ -111,7 +109,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             left_s=_left_s,
             ceiling=min((ceiling for ceiling in ceilings if ceiling is not None), default=None),
         )
-        stalled.append(lambda: generation.abort(SlowConsumer()))
+        outbox.stalled = lambda: generation.abort(SlowConsumer())
         generation.check()
         key = (caller.project_uid, request.generation_id)
         if key in self._running:
@@ -119,14 +117,16 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._admit(plan.prompt_tokens)
         self._running[key] = generation
         pump = asyncio.create_task(generation.run(), name="generation")
+        how_far = progress()
         try:
             await context.send_initial_metadata(())
-            how_far = progress()
             async with aclosing(outbox.events()) as events:
                 async for event in events:
                     how_far.last_sequence = event.sequence
                     yield event
-        except Exception:
+        except Exception as error:
+            if isinstance(error, ServiceError) and error.last_sequence is None:
+                error.last_sequence = how_far.last_sequence
             _tell_usage(context, generation.spent.usage())
             raise
         finally:

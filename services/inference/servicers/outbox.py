@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 
 from argosy.v1.stream_pb2 import GenerationEvent, Heartbeat, Phase, TextDelta, TokenLogprob
 
@@ -15,17 +15,15 @@ FLUSH_S, FLUSH_TOKENS = 0.020, 8  # what "unset" means: whichever comes first
 class Outbox:
     """Producers put without waiting, one reader takes. The first text of each output goes at once; later text waits for time or tokens."""
 
-    def __init__(
-        self, *, flush_s: float | None = None, stall_s: float = 30.0, heartbeat_s: float = 15.0, stalled: Callable[[], None] | None = None
-    ) -> None:
-        """`flush_s` None: 20 ms or 8 tokens. `stalled` is called once, when a full outbox was not read for `stall_s`."""
+    def __init__(self, *, flush_s: float | None = None, stall_s: float = 30.0, heartbeat_s: float = 15.0) -> None:
+        """`flush_s` None: 20 ms or 8 tokens. `self.stalled` is called when a full outbox was not read for `stall_s`."""
         self._events: deque[GenerationEvent] = deque()
         self._wake = asyncio.Event()
         self._flush_s = FLUSH_S if flush_s is None else flush_s
         self._flush_tokens = FLUSH_TOKENS if flush_s is None else None
         self._stall_s = stall_s
         self._heartbeat_s = heartbeat_s
-        self._stalled = stalled
+        self.stalled: Callable[[], None] = lambda: None
         self._pending: dict[int, tuple[TextDelta, int]] = {}  # by output: the text, and the tokens in it
         self._begun: set[int] = set()
         self._flush_timer: asyncio.TimerHandle | None = None
@@ -69,7 +67,7 @@ class Outbox:
                 timer.cancel()
         self._wake.set()
 
-    async def events(self) -> AsyncIterator[GenerationEvent]:
+    async def events(self) -> AsyncGenerator[GenerationEvent, None]:
         """Every event, numbered from 1 without a gap, with a Heartbeat wherever `heartbeat_s` would pass in silence."""
         sequence = 0
         while True:
@@ -126,5 +124,5 @@ class Outbox:
         if self._taken != taken:
             if self._pending and len(self._events) >= WAITING_EVENTS:
                 self._watch_reader()
-        elif self._stalled is not None:
-            self._stalled()
+        else:
+            self.stalled()

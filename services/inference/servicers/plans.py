@@ -132,7 +132,7 @@ class Planner:
     async def summarize(self, asked: language_pb2.SummarizeTextRequest, stopping: config_pb2.Stopping) -> Plan:
         """One prompt, or first one a window of a long text."""
         for name in ("max_output_tokens", "min_output_tokens"):
-            if stopping.HasField(name):  # type: ignore[arg-type]
+            if stopping.HasField(name):
                 raise FieldInvalid(f"config.stopping.{name}", "use_max_length" if name.startswith("max") else "use_min_length")
         _cap(sum(len(document.encode()) for document in asked.documents))
         lengths = config_pb2.Stopping()
