@@ -156,12 +156,15 @@ class Pool:
         self._unary = Admission(lambda ask: self._start(ask, stream=False), self._ready_s, max_queued=queue)
 
     def admission(self, stream: bool) -> Admission[Place]:
+        """The budget of streams, or of unary calls."""
         return self._streams if stream else self._unary
 
     def now(self) -> float:
+        """Monotonic seconds."""
         return asyncio.get_running_loop().time()
 
     def links(self) -> list[Link]:
+        """The replicas that serve this model, reachable or not."""
         return [link for link in self.replicas.links if link.served is not None and link.served.digest == self.digest]
 
     @property
@@ -178,6 +181,7 @@ class Pool:
 
     @staticmethod
     def work(ask: Ask) -> routing.Work:
+        """What routing needs to know of `ask`."""
         return routing.Work(ask.prompt_tokens, max(1, round(ask.cost) - ask.prompt_tokens))
 
     def choose(self, ask: Ask, stream: bool, *, without: frozenset[str] = frozenset()) -> Link | None:
@@ -270,8 +274,9 @@ class Replicas:
         self.catalog = Catalog()
         self._signer = signer
         self._changed = changed
-        self._usable = False
+        self.usable = False  # any replica reachable
         self._pools: dict[str, Pool] = {}
+        self._judged = asyncio.Event()  # set, and replaced, at each report
         self.links = [
             Link(address, open_channel(address, credentials=credentials, interceptors=interceptors), routing.Replica(label(address)))
             for address in addresses
@@ -292,7 +297,11 @@ class Replicas:
         return sum(link.replica.reachable and not link.replica.load.draining for link in self.pool(served.digest).links())
 
     def pool(self, digest: str) -> Pool:
-        return self._pools.setdefault(digest, Pool(self, digest))
+        """The replicas of one model and the queues before them."""
+        pool = self._pools.get(digest)
+        if pool is None:
+            pool = self._pools[digest] = Pool(self, digest)
+        return pool
 
     async def enter(self, served: Served, ask: Ask, *, stream: bool) -> Place:
         """See Pool.enter."""
@@ -311,11 +320,19 @@ class Replicas:
             for link in self.links:
                 await link.channel.close()
 
+    async def until(self, reachable: int, timeout_s: float = 10.0) -> None:
+        """Wait until exactly so many replicas are reachable; TimeoutError if that does not come about."""
+        async with asyncio.timeout(timeout_s):
+            while sum(link.replica.reachable for link in self.links) != reachable:
+                await self._judged.wait()
+
     async def _judge(self, link: Link) -> None:
         link.judge()
+        self._judged.set()
+        self._judged = asyncio.Event()
         usable = any(each.replica.reachable for each in self.links)
-        if usable != self._usable:
-            self._usable = usable
+        if usable != self.usable:
+            self.usable = usable
             if self._changed is not None:
                 await self._changed(usable)
         if link.served is not None:

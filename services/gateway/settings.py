@@ -24,14 +24,12 @@ class Placing:
 class GatewaySettings:
     """One gateway process."""
 
-    listener: Listener = Listener()
-    placing: Placing = Placing()
+    listener: Listener = field(default_factory=Listener)
+    placing: Placing = field(default_factory=Placing)
     inference_addresses: tuple[str, ...] = ()  # host:port of each replica
     inference_ca: Path | None = None  # PEM; without it replicas must be on this machine
     inference_certificate: Path | None = None  # PEM, what we show to replicas
     inference_private_key: Path | None = None
     caller_signing_key: Path | None = None  # PEM, Ed25519; signs the caller for the replicas
     caller_signing_kid: str = "gateway"
-    database_url: str = ""
-    key_pepper: str = field(default="", repr=False)  # secret of the API keys' hashes
     metrics_address: str = "127.0.0.1:0"  # Prometheus; empty: none

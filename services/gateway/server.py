@@ -1,0 +1,151 @@
+"""The gateway's only wiring: settings and protocols in, a served address out."""
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from argosy.v1 import embedding_pb2, explanation_pb2, generation_pb2, language_pb2, model_pb2
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from google.protobuf.descriptor import ServiceDescriptor
+
+from services.chassis.errors import ScopeMissing
+from services.chassis.identity import Caller, CallerSigner
+from services.chassis.interceptors import Authenticate, Policy
+from services.chassis.server import Serving, public, serve
+from services.chassis.telemetry import Telemetry
+from services.gateway.access import MAX_STREAM_SECONDS, access_of
+from services.gateway.ledger import Ledger
+from services.gateway.replicas import Replicas
+from services.gateway.servicers.embedding import EmbeddingServicer
+from services.gateway.servicers.explanation import ExplanationServicer
+from services.gateway.servicers.generation import GenerationServicer
+from services.gateway.servicers.language import LanguageServicer
+from services.gateway.servicers.model import ModelServicer
+from services.gateway.servicers.register import handlers
+from services.gateway.servicers.relay import Relay, Revocations
+from services.gateway.settings import GatewaySettings
+
+log = logging.getLogger(__name__)
+
+Service = tuple[ServiceDescriptor, object]  # a public service and the object with its methods
+
+
+@dataclass(frozen=True)
+class Running:
+    """A gateway that serves."""
+
+    address: str
+    serving: Serving
+    replicas: Replicas
+    relay: Relay
+
+
+def permit(path: str, caller: Caller) -> None:
+    """Raise ScopeMissing unless the caller's key has the scope the RPC asks for."""
+    access = access_of(path)
+    if access is not None and access.scope is not None and access.scope not in caller.scopes:
+        raise ScopeMissing(access.scope)
+
+
+def deadline_cap_s(path: str) -> float:
+    """Seconds: the deadline of a call without one, and the longest it may ask for."""
+    access = access_of(path)
+    return MAX_STREAM_SECONDS if access is None else access.cap_s
+
+
+def signing_key(path: Path | None) -> Ed25519PrivateKey:
+    """The private key behind the signed caller; a new one if there is no file, as the fleet in one process uses."""
+    if path is None:
+        return Ed25519PrivateKey.generate()
+    key = load_pem_private_key(path.read_bytes(), password=None)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ValueError(f"{path.name} holds no Ed25519 private key")
+    return key
+
+
+def inference_credentials(settings: GatewaySettings) -> grpc.ChannelCredentials | None:
+    """TLS towards the replicas, mutual if we have a certificate to show; None: plaintext, on this machine only."""
+    if settings.inference_ca is None:
+        return None
+    key, certificate = settings.inference_private_key, settings.inference_certificate
+    return grpc.ssl_channel_credentials(
+        settings.inference_ca.read_bytes(),
+        key.read_bytes() if key is not None else None,
+        certificate.read_bytes() if certificate is not None else None,
+    )
+
+
+@asynccontextmanager
+async def running(
+    settings: GatewaySettings,
+    *,
+    ledger: Ledger,
+    authenticate: Authenticate,
+    signer: CallerSigner,
+    revocations: Revocations | None = None,
+    administration: Sequence[Service] = (),
+    telemetry: Telemetry | None = None,
+    signals: bool = False,
+) -> AsyncIterator[Running]:
+    """Serve until left; leaving drains, settles every call and closes the replicas' channels.
+
+    `administration` are argosy.admin.v1's services; health says SERVING while a replica can be reached, and no earlier.
+    """
+    telemetry = telemetry or Telemetry.off()
+    serving: Serving | None = None
+
+    async def changed(usable: bool) -> None:
+        telemetry.record("argosy.replica.ready", float(sum(link.replica.reachable for link in replicas.links)))
+        if serving is not None:
+            await (serving.ready() if usable else serving.unready())
+
+    replicas = Replicas(
+        settings.inference_addresses,
+        placing=settings.placing,
+        signer=signer,
+        credentials=inference_credentials(settings),
+        interceptors=telemetry.interceptors(),
+        changed=changed,
+    )
+    relay = Relay(replicas, ledger, settings.placing, revocations=revocations, telemetry=telemetry)
+    services: list[Service] = [
+        (generation_pb2.DESCRIPTOR.services_by_name["GenerationService"], GenerationServicer(relay)),
+        (language_pb2.DESCRIPTOR.services_by_name["LanguageService"], LanguageServicer(relay)),
+        (embedding_pb2.DESCRIPTOR.services_by_name["EmbeddingService"], EmbeddingServicer(relay)),
+        (explanation_pb2.DESCRIPTOR.services_by_name["ExplanationService"], ExplanationServicer(relay)),
+        (model_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelServicer(replicas)),
+        *administration,
+    ]
+
+    def register(server: Any) -> None:
+        server.add_generic_rpc_handlers(tuple(handlers(descriptor, servicer) for descriptor, servicer in services))
+
+    policy = Policy(authenticate=authenticate, permit=permit, deadline_cap_s=deadline_cap_s, strip="x-")
+    async with replicas.watching():
+        async with serve(
+            settings.listener,
+            register,
+            [descriptor.full_name for descriptor, _ in services],
+            policy=policy,
+            options=public(MAX_STREAM_SECONDS),
+            telemetry=telemetry,
+            signals=signals,
+        ) as serving:
+            if replicas.usable or not settings.inference_addresses:
+                await serving.ready()
+            yield Running(serving.address, serving, replicas, relay)
+        await relay.settled()
+
+
+@asynccontextmanager
+async def gateway(settings: GatewaySettings, **wiring: Any) -> AsyncIterator[str]:
+    """The address of a running gateway; `wiring` as for `running`."""
+    async with running(settings, **wiring) as gate:
+        yield gate.address
+
+

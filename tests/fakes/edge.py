@@ -1,0 +1,108 @@
+"""A real gateway server over fake engines: real sockets on both sides, a ledger in memory, and the bearer token as the caller's name."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+from argosy.v1 import content_pb2, embedding_pb2_grpc, explanation_pb2_grpc, generation_pb2, generation_pb2_grpc, language_pb2_grpc
+from argosy.v1 import model_pb2_grpc, stream_pb2
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from services.chassis.channel import ENGINE
+from services.chassis.errors import ApiKeyInvalid
+from services.chassis.identity import Caller, CallerSigner, CallerVerifier
+from services.chassis.server import Listener
+from services.gateway.access import SCOPES
+from services.gateway.replicas import AUDIENCE, Replicas
+from services.gateway.server import Running, running
+from services.gateway.settings import GatewaySettings, Placing
+from tests.fakes.engine import FakeEngine
+from tests.fakes.ledger import MemoryLedger
+
+KEY = Ed25519PrivateKey.generate()
+VERIFIER = CallerVerifier({"k": KEY.public_key()}, AUDIENCE)
+
+
+@dataclass
+class Edge:
+    """A gateway, its neighbours, and a client's channel to it."""
+
+    gate: Running
+    ledger: MemoryLedger
+    channel: grpc.aio.Channel
+    callers: dict[str, Caller]
+
+    def __post_init__(self) -> None:
+        self.generation: Any = generation_pb2_grpc.GenerationServiceStub(self.channel)
+        self.language: Any = language_pb2_grpc.LanguageServiceStub(self.channel)
+        self.embedding: Any = embedding_pb2_grpc.EmbeddingServiceStub(self.channel)
+        self.explanation: Any = explanation_pb2_grpc.ExplanationServiceStub(self.channel)
+        self.models: Any = model_pb2_grpc.ModelServiceStub(self.channel)
+
+    @property
+    def replicas(self) -> Replicas:
+        return self.gate.replicas
+
+
+def caller(project: str = "acme", **fields: Any) -> Caller:
+    """A caller with every scope."""
+    made: dict[str, Any] = {"project_uid": f"uid-{project}", "key_id": f"key-{project}", "request_id": "", "kv_scope": "00" * 32} | fields
+    return Caller(project=project, scopes=made.pop("scopes", SCOPES), **made)
+
+
+def metadata(project: str = "acme") -> tuple[tuple[str, str], ...]:
+    """What a client of `project` sends."""
+    return (("authorization", f"Bearer {project}"),)
+
+
+@asynccontextmanager
+async def edge(
+    *engines: FakeEngine,
+    addresses: tuple[str, ...] = (),
+    callers: dict[str, Caller] | None = None,
+    ledger: Any = None,
+    reachable: int | None = None,
+    listener: Listener | None = None,
+    revocations: Any = None,
+    **placing: Any,
+) -> AsyncIterator[Edge]:
+    """A running gateway; entered once `reachable` replicas (default: one for each engine) have reported."""
+    known = {"acme": caller()} if callers is None else callers
+    books = MemoryLedger() if ledger is None else ledger
+
+    async def authenticate(incoming: Any, context: Any) -> Caller:
+        token = str(incoming.value("authorization") or "").removeprefix("Bearer ")
+        if token not in known:
+            raise ApiKeyInvalid()
+        return known[token]
+
+    settings = GatewaySettings(
+        listener=listener or Listener(),
+        inference_addresses=(*(engine.address for engine in engines), *addresses),
+        placing=Placing(**placing),
+    )
+    async with running(
+        settings, ledger=books, authenticate=authenticate, signer=CallerSigner(KEY, "k"), revocations=revocations
+    ) as gate:
+        await gate.replicas.until(len(engines) if reachable is None else reachable)
+        async with grpc.aio.insecure_channel(gate.address, options=[*ENGINE.items()]) as channel:
+            yield Edge(gate, books, channel, known)
+
+
+def chat(text: str = "hello there", **fields: Any) -> generation_pb2.ChatRequest:
+    """One question."""
+    fields = {"model": "models/fake"} | fields
+    message = content_pb2.ChatMessage(role=content_pb2.ROLE_USER, parts=[content_pb2.ContentPart(text=text)])
+    return generation_pb2.ChatRequest(messages=[message], **fields)
+
+
+async def events_of(call: Any) -> list[stream_pb2.GenerationEvent]:
+    """Every event of a stream."""
+    return [event async for event in call]
+
+
+def text_of(events: list[stream_pb2.GenerationEvent]) -> str:
+    """The text of output 0."""
+    return "".join(event.text.text for event in events if event.WhichOneof("event") == "text" and event.text.index == 0)
