@@ -12,7 +12,8 @@ import torch
 from services.inference.engine import weights
 from services.inference.engine.backend import Backend
 from services.inference.engine.calls import Hello, Sampling
-from services.inference.engine.eager import EagerBackend, Unsupported
+from services.inference.engine.eager import EagerBackend
+from services.inference.engine.kernels import Unsupported
 from services.inference.engine.runner import TorchRunner
 from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import BLOCK_SIZE
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def build(settings: EngineSettings, progress: weights.Progress | None = None) -> tuple[TorchRunner, Hello]:
-    """Prepare, load and warm the model. Raises weights.ModelRefused, weights.ModelUnavailable or eager.Unsupported, each a sentence."""
+    """Prepare, load and warm the model. Raises ModelRefused, ModelUnavailable (weights) or Unsupported (kernels), each with a sentence."""
     began = time.monotonic()
     cache = weights.cache_directory(settings.cache_dir)
     directory = weights.prepare(settings.model, cache, progress)
@@ -44,7 +45,7 @@ def build(settings: EngineSettings, progress: weights.Progress | None = None) ->
             "warm_up_s": round(time.monotonic() - loaded, 3),
         },
     )
-    return runner, _hello(settings, directory, digest, backend)
+    return runner, _hello(settings, directory, digest, runner)
 
 
 def _device(settings: EngineSettings) -> torch.device:
@@ -64,19 +65,18 @@ def _dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
 def _backend(directory: Path, settings: EngineSettings, device: torch.device, dtype: torch.dtype) -> Backend:
     if device.type == "cpu" and settings.backend != "eager":
         try:
-            from services.inference.engine import fused  # noqa: PLC0415 - builds its kernels when imported; eager needs none of it
+            from services.inference.engine.fused import FusedBackend  # its kernels need a compiler; eager needs none of it
 
-            return fused.FusedBackend.load(directory, settings)
-        except Exception as error:
-            if not isinstance(error, ImportError) and type(error).__name__ != "Unsupported":
-                raise
+            return FusedBackend.load(directory, settings)
+        except Unsupported as error:
             if settings.backend == "fused":
                 raise
-            log.warning("the fused backend cannot run this: %s; the eager one will", error)
+            log.warning("the fused backend cannot run this model here, the eager one will: %s", error)
     return EagerBackend.load(directory, settings, device, dtype)
 
 
-def _hello(settings: EngineSettings, directory: Path, digest: str, backend: Backend) -> Hello:
+def _hello(settings: EngineSettings, directory: Path, digest: str, runner: TorchRunner) -> Hello:
+    backend = runner.backend
     config = json.loads((directory / "config.json").read_text())
     path = directory / "generation_config.json"
     generation: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -88,7 +88,7 @@ def _hello(settings: EngineSettings, directory: Path, digest: str, backend: Back
         device=str(backend.device),
         dtype=str(getattr(backend, "dtype", torch.bfloat16)).removeprefix("torch."),
         vocabulary=backend.vocabulary,
-        context=backend.context,
+        context=runner.context,
         width=backend.width,
         block_size=BLOCK_SIZE,
         blocks=backend.blocks,
@@ -103,6 +103,3 @@ def _hello(settings: EngineSettings, directory: Path, digest: str, backend: Back
         end_token_ids=tuple(ends if isinstance(ends, list) else [] if ends is None else [ends]),
         backend=backend.name,
     )
-
-
-__all__ = ["Unsupported", "build"]

@@ -22,7 +22,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from services.inference.engine.backend import Batch
-from services.inference.engine.step import BLOCK_SIZE
+from services.inference.engine.kernels import Unsupported
+from services.inference.engine.step import BLOCK_SIZE, DeviceLost
 
 if TYPE_CHECKING:
     from services.inference.engine.settings import EngineSettings
@@ -34,10 +35,6 @@ GPU_SHARE = 0.9  # of the memory free after warm-up that becomes KV pool; the re
 CPU_TOKENS = 65_536  # of KV when the settings leave it open; pages are committed as they are written
 
 Pool = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, each [slots, heads, dim]
-
-
-class Unsupported(Exception):
-    """This backend cannot compute this model exactly; the message says why in a clause."""
 
 
 class _Group:
@@ -173,7 +170,7 @@ def attend(
         out[group.rows] = _weigh(q, k, v, group.bias, scale, softcap).reshape(count, heads, -1)
     for chunk in chunks:
         rows = slice(chunk.first, chunk.end)
-        q = query[:, :, rows].unflatten(1, (kv_heads, -1))  # [1, K, H / K, n, D]
+        q = query[:, :, rows].reshape(1, kv_heads, heads // kv_heads, chunk.end - chunk.first, -1)
         if chunk.slots is None:
             k, v = key[:, :, rows], value[:, :, rows]
         else:
@@ -207,7 +204,7 @@ def _weigh(
 def _attend_varlen(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, paged: Plan, scale: float, window: int | None
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - CUDA only, and absent from older builds
+    from torch.nn.attention.varlen import varlen_attn
 
     batch = paged.batch
     pages = keys.view(-1, BLOCK_SIZE, *keys.shape[1:]), values.view(-1, BLOCK_SIZE, *values.shape[1:])
@@ -231,7 +228,7 @@ class _Given(torch.nn.Module):
     """Stands where the trunk was, so that the model's own forward computes its head, with its scaling and capping, from given states."""
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: PLC0415 - loaded with the model
+        from transformers.modeling_outputs import BaseModelOutputWithPast
 
         return BaseModelOutputWithPast(last_hidden_state=cast("Any", inputs_embeds))
 
@@ -253,7 +250,7 @@ class _Graph:
             select=torch.arange(size, device=device),
         )
         self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
+        stream = cast("Any", torch.cuda).Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             backend._trunk_states(self.batch, (1, backend.context))
@@ -295,7 +292,7 @@ class EagerBackend:
         self.blocks = 1
         self.graphs: dict[int, _Graph] = {}
         self.context = _context(config)
-        with _memory_errors(device):
+        with _device_errors(device):
             self._probe(int(config.num_hidden_layers))
         self._allocate(kv_tokens)
         self.context = min(self.context, self.blocks * BLOCK_SIZE)
@@ -307,7 +304,7 @@ class EagerBackend:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """See `backend.Backend`."""
-        with torch.inference_mode(), _memory_errors(self.device):
+        with torch.inference_mode(), _device_errors(self.device):
             count = batch.tokens.shape[0]
             if self.graphs and count == batch.lengths.shape[0]:
                 sizes = sorted(self.graphs)
@@ -321,7 +318,7 @@ class EagerBackend:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `backend.Backend`."""
-        with torch.inference_mode(), _memory_errors(self.device):
+        with torch.inference_mode(), _device_errors(self.device):
             answer = self.head(inputs_embeds=hidden[None], use_cache=False)
             return cast("torch.Tensor", answer.logits[0].float())
 
@@ -344,15 +341,14 @@ class EagerBackend:
 
     def _probe(self, layers: int) -> None:
         """Two tokens through all layers: the pools' shapes become known, and what attends otherwise is refused."""
-        place = {"device": self.device}
         batch = Batch(
-            tokens=torch.zeros(2, dtype=torch.int64, **place),
-            positions=torch.arange(2, **place),
-            rows=torch.tensor([0, 2], dtype=torch.int32, **place),
-            lengths=torch.tensor([2], dtype=torch.int32, **place),
-            tables=torch.zeros((1, 1), dtype=torch.int32, **place),
-            slots=torch.arange(2, **place),
-            select=torch.arange(2, **place),
+            tokens=torch.zeros(2, dtype=torch.int64, device=self.device),
+            positions=torch.arange(2, device=self.device),
+            rows=torch.tensor([0, 2], dtype=torch.int32, device=self.device),
+            lengths=torch.tensor([2], dtype=torch.int32, device=self.device),
+            tables=torch.zeros((1, 1), dtype=torch.int32, device=self.device),
+            slots=torch.arange(2, device=self.device),
+            select=torch.arange(2, device=self.device),
         )
         with torch.inference_mode():
             self._trunk_states(batch, (2, 2))
@@ -377,13 +373,15 @@ class EagerBackend:
 
 
 @contextmanager
-def _memory_errors(device: torch.device) -> Iterator[None]:
-    """Turn the device's "out of memory" into MemoryError, the only error a step may be asked to shrink for."""
+def _device_errors(device: torch.device) -> Iterator[None]:
+    """Turn the device's "out of memory" into MemoryError, for which a step may be asked to shrink, and a dead device into DeviceLost."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise MemoryError(f"a step did not fit on {device.type}") from error
+        if isinstance(error, torch.AcceleratorError):  # after one, every later call on the device fails too
+            raise DeviceLost(f"{device.type} no longer answers") from error
         raise
 
 
@@ -406,8 +404,9 @@ def _load(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """One model class, built from data: no code of the model's directory runs and no pickle is read."""
     settings = json.loads((directory / "config.json").read_text())
     model_class = _causal_class(settings)
-    attention = cast("Any", importlib.import_module("transformers")).AttentionInterface
-    attention.register(ATTENTION, attend)
+    transformers = cast("Any", importlib.import_module("transformers"))
+    transformers.AttentionInterface.register(ATTENTION, attend)
+    transformers.utils.logging.disable_progress_bar()
     config = model_class.config_class.from_pretrained(directory, local_files_only=True)
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds or getattr(config, "is_encoder_decoder", False):

@@ -19,7 +19,7 @@ class TorchRunner:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.vocabulary = backend.vocabulary
-        self.context = backend.context
+        self.context = min(backend.context, backend.blocks * BLOCK_SIZE)
         self.blocks = backend.blocks
         self.pools = Pools()
 

@@ -86,14 +86,18 @@ def largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     return values[:, :count], ids.gather(-1, order)[:, :count]
 
 
-def uniform(seeds: Sequence[int], indexes: Sequence[int], positions: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+Numbers = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+def uniform(seeds: Sequence[int], indexes: Sequence[int], positions: Sequence[int]) -> Numbers:
     """One number in [0, 1) per entry, with 53 random bits."""
     key = np.array([seed & (2**64 - 1) for seed in seeds], dtype=np.uint64)
     counter = np.zeros((4, len(seeds)), dtype=np.uint64)
     counter[0] = np.asarray(positions, dtype=np.uint64)
     counter[1] = np.asarray(indexes, dtype=np.uint64)
     words = philox(counter, np.stack([key & _LOW, key >> _WORD]))
-    return ((words[0] << _WORD | words[1]) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    bits: Numbers = ((words[0] << _WORD | words[1]) >> np.uint64(11)).astype(np.float64)
+    return bits * 2.0**-53
 
 
 _LOW, _WORD = np.uint64(0xFFFFFFFF), np.uint64(32)

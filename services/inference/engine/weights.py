@@ -174,16 +174,16 @@ def _download(model: str, tell: Progress) -> Path:
     hub = cast("Any", importlib.import_module("huggingface_hub"))
     bars = cast("Any", importlib.import_module("huggingface_hub.utils")).tqdm
 
-    class Bar(bars):  # type: ignore[misc] # its base has no types
-        def update(self, n: float | None = 1) -> bool | None:
-            if self.unit == "B" and self.total:
-                tell(int(self.n + (n or 0)), int(self.total), "download")
-            return cast("bool | None", super().update(n))
+    def update(bar: Any, n: float | None = 1) -> Any:
+        if bar.unit == "B" and bar.total:
+            tell(int(bar.n + (n or 0)), int(bar.total), "download")
+        return bars.update(bar, n)
 
+    bar = type("Bar", (bars,), {"update": update})
     try:
         with contextlib.suppress(hub.errors.LocalEntryNotFoundError):
             return Path(hub.snapshot_download(model, allow_patterns=list(FILES), local_files_only=True))
-        return Path(hub.snapshot_download(model, allow_patterns=list(FILES), tqdm_class=Bar))
+        return Path(hub.snapshot_download(model, allow_patterns=list(FILES), tqdm_class=bar))
     except Exception as error:
         name = type(error).__name__
         raise ModelUnavailable(f"{model} is not in the local cache and the hub did not give it ({name}).") from error
@@ -202,23 +202,20 @@ def convert(source: Path, target: Path, progress: Progress) -> None:
 
 
 def _convert_tensors(source: Path, target: Path, progress: Progress) -> None:
-    import torch  # noqa: PLC0415 - the wire process imports this module
-    from gguf import GGUFReader, dequantize  # noqa: PLC0415
-    from safetensors.torch import save_file  # noqa: PLC0415
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
-    from transformers.modeling_gguf_pytorch_utils import (  # noqa: PLC0415
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
+    import torch
+    from gguf import GGUFReader, dequantize
+    from safetensors.torch import save_file
 
-    config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+    transformers = cast("Any", importlib.import_module("transformers"))
+    gguf_models = cast("Any", importlib.import_module("transformers.modeling_gguf_pytorch_utils"))
+
+    config = transformers.AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
     reader = cast("Any", GGUFReader)(str(source))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     architecture = reader.fields["general.architecture"].contents()
-    process = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-    names = get_gguf_hf_weights_map(model, process)
+    process = gguf_models.TENSOR_PROCESSORS.get(architecture, gguf_models.TensorProcessor)(config=config.to_dict())
+    names = gguf_models.get_gguf_hf_weights_map(model, process)
     tensors: dict[str, torch.Tensor] = {}
     total, done = sum(int(tensor.n_bytes) for tensor in reader.tensors), 0
     for tensor in reader.tensors:
@@ -239,7 +236,7 @@ def _convert_tensors(source: Path, target: Path, progress: Progress) -> None:
     save_file({name: tensors[name].contiguous() for name in shapes}, target / "model.safetensors", metadata={"format": "pt"})
     config.architectures = [type(model).__name__]
     config.dtype = "bfloat16"
-    described = config.to_dict() | {"transformers_version": importlib.import_module("transformers").__version__}
+    described = config.to_dict() | {"transformers_version": transformers.__version__}
     _write(target / "config.json", json.dumps(described, indent=2, default=str))
     generation = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write(target / "generation_config.json", json.dumps(generation | GENERATION.get(config.model_type, {}), indent=2))
@@ -247,8 +244,8 @@ def _convert_tensors(source: Path, target: Path, progress: Progress) -> None:
 
 def _convert_tokenizer(source: Path, target: Path) -> None:
     """The vocabulary's own rules as tokenizer.json; it adds the beginning-of-sequence token where the file says so."""
-    from tokenizers import processors  # noqa: PLC0415 - the wire process imports this module
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import (  # noqa: PLC0415
+    from tokenizers import processors
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
         convert_gguf_tokenizer,
         get_gguf_tokenizer,
     )
