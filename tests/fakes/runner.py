@@ -67,6 +67,7 @@ class FakeRunner:
         vocabulary: int = 1000,
         context: int = 4096,
         *,
+        spoken: int | None = None,
         most_tokens: int | None = None,
         fails: Callable[[Sequence[Row]], None] | None = None,
         spoils: Callable[[Row], bool] | None = None,
@@ -75,6 +76,7 @@ class FakeRunner:
         self.blocks = blocks
         self.vocabulary = vocabulary
         self.context = context
+        self.spoken = spoken or vocabulary  # ids below it are drawn
         self.most_tokens = most_tokens
         self.fails = fails
         self.spoils = spoils
@@ -156,7 +158,7 @@ class FakeRunner:
             return RowResult(error="nan")
         if row.draw is not None:
             draw = row.draw
-            result.token = next_token(state, draw.sampling, draw.index, draw.position, self.vocabulary, draw.barred)
+            result.token = next_token(state, draw.sampling, draw.index, draw.position, self.spoken, draw.barred)
             if draw.top_logprobs is not None:
                 result.logprob = logprob(state, result.token)
                 result.top = tuple((i, logprob(state, i)) for i in range(draw.top_logprobs))

@@ -22,7 +22,7 @@ class Live:
         self.arrived = arrived  # engine's clock, seconds
         self.started: float | None = None  # when its first step began
         self.prompted: float | None = None  # when the first of its sequences had its prompt computed
-        self.shared = 0  # positions that all of its sequences have in common, in whole blocks
+        self.shared = 0  # positions that the first of its sequences computes before the others start
         self.logprobs: dict[int, list[float]] = {}  # by sequence index
         self.probes: dict[int, list[tuple[float, ...]]] = {}
         self.top: list[tuple[tuple[int, float], ...]] = []
@@ -40,7 +40,8 @@ class Live:
         call = self.call
         match call:
             case Generate(prompt=prompt):
-                self.shared = (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
+                # With scores to give, the others wait to the end: one of them takes over if the first is stopped.
+                self.shared = len(prompt) if call.prompt_logprobs else (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
                 return [self._output(call, index) for index in range(call.outputs)]
             case Score():
                 self.shared = (len(call.prefix) - 1) // BLOCK_SIZE * BLOCK_SIZE

@@ -222,8 +222,7 @@ def test_the_gap_between_backlogged_tenants_is_bounded(arrivals: list[tuple[str,
         s.add(each)
     bound = INPUT_WEIGHT * 60 + OUTPUT_WEIGHT * 12 * most_running
     while step(s):
-        for tenant in waiting:
-            waiting[tenant] = {each for each in waiting[tenant] if each.state is State.WAITING}
+        waiting = {tenant: {each for each in queue if each.state is State.WAITING} for tenant, queue in waiting.items()}
         backlogged = [s.counters[tenant] for tenant in waiting if waiting[tenant]]
         if backlogged:
             assert max(backlogged) - min(backlogged) <= bound
