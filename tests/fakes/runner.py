@@ -7,6 +7,7 @@ another history, or over an unwritten one, raises `WrongBlock`; so does one that
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from struct import pack
 
 from services.inference.engine.calls import Hello, Sampling
@@ -219,3 +220,36 @@ def build(settings: EngineSettings) -> tuple[FakeRunner, Hello]:
 def build_nothing(settings: EngineSettings) -> tuple[FakeRunner, Hello]:
     """For a host: a model that cannot be loaded."""
     raise OSError("no such model")
+
+
+HANG = 13  # a token on which `build_hanging`'s steps never return
+
+
+def build_hanging(settings: EngineSettings) -> tuple[FakeRunner, Hello]:
+    """For a host: a device that stops answering at a token."""
+    runner, hello = build(settings)
+
+    def fails(rows: Sequence[Row]) -> None:
+        if any(HANG in row.tokens for row in rows):
+            threading.Event().wait()
+
+    runner.fails = fails
+    return runner, hello
+
+
+def build_once(settings: EngineSettings) -> tuple[FakeRunner, Hello]:
+    """For a host: a model that can be loaded only once; the directory `settings.cache_dir` remembers."""
+    assert settings.cache_dir is not None
+    (Path(settings.cache_dir) / "loaded").touch(exist_ok=False)
+    return build(settings)
+
+
+def build_failing(settings: EngineSettings) -> tuple[FakeRunner, Hello]:
+    """For a host: a forward that raises, quoting its tokens."""
+    runner, hello = build(settings)
+
+    def fails(rows: Sequence[Row]) -> None:
+        raise ValueError(f"cannot compute {rows[0].tokens}")
+
+    runner.fails = fails
+    return runner, hello

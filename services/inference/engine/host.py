@@ -474,6 +474,8 @@ class InlineHost(_Streaming):
         self._settings = settings or EngineSettings()
         self._build = build
         self._inbox = Inbox()
+        self._fresh: list[FromEngine] = []  # said by the engine, not yet seen by the loop
+        self._fresh_lock = threading.Lock()
         self._ended = asyncio.Event()
         self._thread: threading.Thread | None = None
 
@@ -513,7 +515,11 @@ class InlineHost(_Streaming):
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         def send(events: Sequence[FromEngine]) -> None:
-            loop.call_soon_threadsafe(self._received, events)
+            # What a busy loop has not fetched yet grows by one frame, as it would in a socket.
+            with self._fresh_lock:
+                if not self._fresh:
+                    loop.call_soon_threadsafe(self._fetch)
+                self._fresh.extend(events)
 
         try:
             runner, hello = (self._build or _named(BUILD))(self._settings)
@@ -525,6 +531,11 @@ class InlineHost(_Streaming):
         finally:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
                 loop.call_soon_threadsafe(self._over)
+
+    def _fetch(self) -> None:
+        with self._fresh_lock:
+            fresh, self._fresh = self._fresh, []
+        self._received(fresh)
 
     def _over(self) -> None:
         self._gone("the engine's thread ended")

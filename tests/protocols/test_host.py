@@ -1,0 +1,213 @@
+"""One suite for every `Host`. Each is given the same fake runner, so what a call is answered can be computed here."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from services.inference.engine.calls import (
+    Call,
+    Done,
+    Embed,
+    Embedded,
+    Ended,
+    FinishReason,
+    FromEngine,
+    Generate,
+    Limits,
+    Sampling,
+    Score,
+    Scored,
+    Token,
+    Usage,
+)
+from services.inference.engine.host import EngineLost, EngineNotReady, Host, InlineHost, ProcessHost
+from services.inference.engine.settings import EngineSettings
+from tests.fakes import runner
+from tests.fakes.runner import alone, embedding
+
+PROMPT = tuple(range(2, 42))
+SAMPLING = Sampling(seed=3)
+LONG = 900  # tokens: a call that does not end by itself while a test looks at it
+
+
+def made(kind: str, settings: EngineSettings) -> Host:
+    return ProcessHost(settings, "tests.fakes.runner:build") if kind == "process" else InlineHost(settings, runner.build)
+
+
+@pytest.fixture(params=["process", "inline"])
+async def host(request: pytest.FixtureRequest) -> AsyncIterator[Host]:
+    host = made(request.param, EngineSettings(kv_tokens=4096))
+    await host.start()
+    yield host
+    await host.close()
+
+
+def generate(id: str = "a", count: int = 5, **changes: Any) -> Generate:
+    fields: dict[str, Any] = {"deadline_s": 60.0, "tenant": "t", "cache_salt": b"salt"}
+    return Generate(id, PROMPT, SAMPLING, Limits(count, (0,), ignore_end_token=True), **(fields | changes))
+
+
+async def answer(host: Host, call: Call) -> list[FromEngine]:
+    return [message async for message in host.submit(call)]
+
+
+async def settled(host: Host) -> None:
+    """Until the engine reports that nothing runs and no block is held."""
+    async with asyncio.timeout(10), aclosing(host.watch_load()) as loads:  # type: ignore[type-var]
+        async for load in loads:
+            if load.total_blocks and load.free_blocks == load.total_blocks and not load.running_sequences:
+                return
+
+
+def said(messages: list[FromEngine], index: int = 0) -> list[int]:
+    return [m.token_id for m in messages if isinstance(m, Token) and m.index == index]
+
+
+async def test_it_says_who_it_is(host: Host):
+    assert host.ready
+    assert (host.hello.model, host.hello.blocks, host.hello.context) == ("fake", 256, 4096)
+
+
+async def test_an_output_streams_to_its_end(host: Host):
+    messages = await answer(host, generate())
+    assert said(messages) == alone(PROMPT, SAMPLING, 0, 5, 1000)
+    ended, done = messages[-2:]
+    assert ended == Ended("a", 0, FinishReason.LENGTH)
+    assert isinstance(done, Done) and done.usage == Usage(40, 0, 5) and done.error is None
+
+
+async def test_many_calls_at_once_are_not_mixed_up(host: Host):
+    answers = await asyncio.gather(*(answer(host, generate(str(n), 1 + n, outputs=2)) for n in range(20)))
+    for n, messages in enumerate(answers):
+        for index in range(2):
+            assert said(messages, index) == alone(PROMPT, SAMPLING, index, 1 + n, 1000)
+
+
+async def test_a_score_and_an_embedding(host: Host):
+    shared = {"deadline_s": 60.0, "tenant": "t", "cache_salt": b"salt"}
+    scored, done = await answer(host, Score("s", PROMPT, ((5, 6), (7,)), first_probes=(8,), **shared))
+    assert isinstance(scored, Scored) and [len(c.logprobs) for c in scored.continuations] == [2, 1] and len(scored.first_probes) == 1
+    assert isinstance(done, Done) and done.usage == Usage(43, 0, 0)
+    embedded, _ = await answer(host, Embed("e", (PROMPT, (5,)), **shared))
+    assert isinstance(embedded, Embedded) and embedded.vectors == (embedding(PROMPT), embedding((5,)))
+
+
+async def test_what_cannot_run_is_refused(host: Host):
+    messages = await answer(host, generate(count=5000))
+    assert [type(m) for m in messages] == [Ended, Done]
+    assert isinstance(messages[-1], Done) and messages[-1].error == "over_context"
+
+
+async def test_a_stop_ends_an_output(host: Host):
+    messages: list[FromEngine] = []
+    async with aclosing(host.submit(generate(count=LONG))) as stream:
+        async for message in stream:
+            messages.append(message)
+            if len(messages) == 3:
+                host.stop("a", 0)
+    assert messages[-2] == Ended("a", 0, FinishReason.STOPPED)
+    assert isinstance(messages[-1], Done) and messages[-1].usage.output_tokens == len(said(messages))
+
+
+async def test_A5_an_abort_says_what_it_cost(host: Host):
+    messages: list[FromEngine] = []
+    async with aclosing(host.submit(generate(count=LONG))) as stream:
+        async for message in stream:
+            messages.append(message)
+            if len(messages) == 3:
+                host.abort("a", "unknown")
+    assert messages[-2] == Ended("a", 0, FinishReason.CANCELLED)
+    assert isinstance(messages[-1], Done) and messages[-1].usage.output_tokens == len(said(messages))
+    await settled(host)
+
+
+async def test_A5_leaving_early_aborts_and_the_id_can_be_used_again(host: Host):
+    for _ in range(20):
+        async with aclosing(host.submit(generate(count=LONG))) as stream:
+            async for _message in stream:
+                break
+    assert said(await answer(host, generate())) == alone(PROMPT, SAMPLING, 0, 5, 1000)
+    await settled(host)
+
+
+async def test_a_live_id_cannot_be_used_twice(host: Host):
+    async with aclosing(host.submit(generate(count=LONG))) as stream:
+        await anext(stream)
+        with pytest.raises(ValueError, match="running"):
+            await answer(host, generate())
+
+
+async def test_a_deadline_ends_it(host: Host):
+    messages = await answer(host, generate(count=LONG, deadline_s=0.0))
+    assert messages[-2] == Ended("a", 0, FinishReason.DEADLINE)
+    assert said(messages) == []
+
+
+async def test_load_is_reported(host: Host):
+    await answer(host, generate())
+    await settled(host)
+    assert host.load.steps == 5
+    assert host.load.total_blocks == 256
+
+
+async def test_readiness_can_be_watched(host: Host):
+    seen: list[bool] = []
+
+    async def watch() -> None:
+        async for ready in host.watch_ready():
+            seen.append(ready)
+            if not ready:
+                return
+
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(0)
+    await host.close()
+    await asyncio.wait_for(watching, 10)
+    assert seen == [True, False]
+
+
+async def test_a_drain_finishes_what_runs_and_refuses_the_rest(host: Host):
+    running = host.submit(generate(count=50))
+    first = await anext(running)
+    draining = asyncio.create_task(host.drain(30.0))
+    messages = [first, *[m async for m in running]]
+    assert messages[-2] == Ended("a", 0, FinishReason.LENGTH)
+    await asyncio.wait_for(draining, 30)
+    assert not host.ready
+    with pytest.raises(EngineNotReady):
+        await answer(host, generate("b"))
+
+
+async def test_a_drain_aborts_what_outlasts_the_grace(host: Host):
+    stream = host.submit(generate(count=LONG * 4))
+    first = await anext(stream)
+    host.stop("unknown", 0)
+    draining = asyncio.create_task(host.drain(0.0))
+    messages = [first, *[m async for m in stream]]
+    assert messages[-2] == Ended("a", 0, FinishReason.CANCELLED)
+    await draining
+
+
+async def test_closing_loses_what_runs_and_is_safe_to_repeat(host: Host):
+    stream = host.submit(generate(count=LONG))
+    await anext(stream)
+    await host.close()
+    with pytest.raises(EngineLost):
+        async for _ in stream:
+            pass
+    await host.close()
+
+
+@pytest.mark.parametrize("kind", ["process", "inline"])
+async def test_a_model_that_cannot_be_loaded_is_told_at_the_start(kind: str):
+    settings = EngineSettings()
+    host = ProcessHost(settings, "tests.fakes.runner:build_nothing") if kind == "process" else InlineHost(settings, runner.build_nothing)
+    with pytest.raises(EngineLost):
+        await asyncio.wait_for(host.start(), 30)
+    assert not host.ready
+    with pytest.raises(EngineNotReady):
+        _ = host.hello
+    await host.close()
