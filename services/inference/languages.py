@@ -1,8 +1,9 @@
 """BCP 47 tags we can name to a model (pure). A region or script is kept in the name, so that pt-BR is asked for as such."""
 
+import re
 from dataclasses import dataclass
 
-__all__ = ["LANGUAGES", "Language", "candidates", "language"]
+__all__ = ["LANGUAGES", "Language", "candidates", "language", "tell"]
 
 # ISO 639-1, or 639-3 where there is none, to its English name.
 LANGUAGES = {
@@ -101,6 +102,37 @@ _LATIN = (
 _SAMPLE_CHARACTERS = 2_000
 
 
+# Small words that nearly every sentence of a language has and its neighbours lack.
+_WORDS = {
+    "en": "the of and is are was this that with you for have not what it my",
+    "fr": "le la les des est et une dans je vous pas que qui avec du au",
+    "de": "der die das und ist nicht ein eine ich sie mit auf den für wir wo",
+    "es": "el los las es una que en y por con no está muy del dónde",
+    "it": "il lo gli è una che di non per con sono della questo dove sei",
+    "pt": "o os um uma é que não em para com do da está você onde muito",
+    "nl": "de het een is van en niet ik je dat met voor zijn op waar",
+    "sv": "och att det är en som på för inte jag med har av var", "da": "og at det er en som på for ikke jeg med har af hvor",
+    "nb": "og at det er en som på for ikke jeg med har av hvor", "fi": "ja on ei että se hän minä ovat mutta tämä kanssa missä",
+    "pl": "i w na nie jest się to że do z jak gdzie ale czy", "cs": "a je se na že to v s ale jak kde není jsem do",
+    "ro": "și este un o nu în la cu pe care sunt unde din", "hu": "a az és nem hogy egy van ez is de hol én meg",
+    "tr": "bir ve bu ne için çok değil ben var mı nerede ile", "vi": "là và của không có tôi được một cho này đâu",
+    "id": "yang dan di ini itu tidak saya dengan untuk ada adalah mana", "hr": "je i u na se da nije sam što za gdje su ali",
+    "sw": "ya na wa kwa ni katika hii yangu si la wapi", "tl": "ang ng sa na mga ay hindi ako ko ito saan",
+    "ru": "и в не на я что как это с он вы мы где но", "uk": "і в не на я що як це з він ви ми де але та",
+    "be": "і ў не на я што як гэта ён дзе", "bg": "и в не на аз че как това е са къде но",
+    "sr": "и у не на ја да је како то где су", "mk": "и во не на јас дека е како тоа каде се",
+    "hi": "है के में और का की से यह नहीं मैं", "mr": "आहे आणि मी हे नाही च्या ते", "ne": "छ र को मा हो यो छैन म",
+    "ar": "في من على هذا أن ما هو إلى لا", "fa": "در از به این است که را با من", "ur": "ہے کے میں اور کا کی سے یہ نہیں",
+    "bn": "এই এবং আমি না হয় একটি", "as": "আৰু মই এই নহয়",
+}  # fmt: skip
+# Letters that tell a language from the others of its script.
+_LETTERS = {
+    "uk": "їєґ", "be": "ў", "sr": "ђћ", "mk": "ѓќѕ", "kk": "әғқұһ", "tg": "ӣӯҳҷ", "tt": "җ", "fa": "پچژگ", "ur": "ٹڈڑےں",
+    "ps": "ټډړښ", "sd": "ٻڄڦ", "ug": "ۈېۇ", "ku": "ڕڵێ", "as": "ৰৱ", "ru": "ыэё", "bg": "ъ", "de": "ß", "es": "ñ¿¡", "pt": "ãõ",
+    "fr": "œ", "pl": "łśźż", "cs": "ěřů", "ro": "șță", "hu": "őű", "tr": "ğış", "vi": "ơưđ", "sv": "å", "hr": "đ",
+}  # fmt: skip
+
+
 def candidates(text: str) -> tuple[str, ...]:
     """Tags of the languages that write as most letters of `text` are written; none where it has no letter."""
     counts: dict[tuple[str, ...], int] = {}
@@ -115,3 +147,16 @@ def candidates(text: str) -> tuple[str, ...]:
     if ("ja",) in counts and ("zh",) in counts:
         return ("ja",)  # Chinese has no kana
     return max(counts, key=lambda tags: counts[tags])
+
+
+def tell(text: str) -> tuple[str, ...]:
+    """The tag of a text's language where script, small words or letters tell it; else the likeliest few; none without a letter."""
+    tags = candidates(text)
+    sample = text[:_SAMPLE_CHARACTERS].lower()
+    words = re.findall(r"[^\W\d_]+", sample)
+    evidence = {
+        tag: sum(word in known for word in words) + sum(2 * sample.count(letter) for letter in _LETTERS.get(tag, ""))
+        for tag, known in ((tag, frozenset(_WORDS.get(tag, "").split())) for tag in tags)
+    }
+    most = max(evidence.values(), default=0)
+    return tuple(tag for tag in tags if evidence[tag] == most)

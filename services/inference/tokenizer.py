@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Tokenizer
 
 from services.inference.text import Control
@@ -42,33 +42,32 @@ def _byte_level() -> dict[str, int]:
 class Tokenizer:
     """Immutable after construction, so safe from several threads. Long texts: use the `a…` methods, which leave the event loop."""
 
-    def __init__(self, definition: str, *, end_token_ids: Iterable[int] = ()) -> None:
-        """`definition`: the text of tokenizer.json. Raises TokenizerUnsupported where its decoder is of an unknown kind."""
-        document = json.loads(definition)
-        self.control: dict[str, int] = {}  # spelling to id: what user text must not become
-        self._special = frozenset(added["id"] for added in document.get("added_tokens", ()) if added["special"])
-        for added in document.get("added_tokens", ()):
-            # Runs of blanks are ordinary text; every other added token may steer the model ("[multimodal]", "<think>").
-            if added["special"] or added["content"].strip():
-                added["special"] = True
-                self.control[added["content"]] = added["id"]
-        model = document["model"]
-        unknown = model.get("unk_token")
-        self._barred = frozenset(self.control.values()) - {self.control.get(unknown, -1)}
-        self._tokenizer = _Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
-        self._tokenizer.encode_special_tokens = True  # "encode their spelling", as plain text
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._kind = self._decoder_kind(document)
+    def __init__(self, definition: str | _Tokenizer) -> None:
+        """`definition`: the text of tokenizer.json, or what it was read into.
+
+        Raises TokenizerUnsupported where its decoder is of an unknown kind.
+        """
+        tokenizer = _Tokenizer.from_str(definition) if isinstance(definition, str) else definition
+        added = tokenizer.get_added_tokens_decoder()
+        # Runs of blanks are ordinary text; every other added token may steer the model ("[multimodal]", "<think>").
+        control = {id: token for id, token in added.items() if token.special or token.content.strip()}
+        self.control = {token.content: id for id, token in control.items()}  # spelling to id: what user text must not become
+        self._special = frozenset(id for id, token in control.items() if token.special)
+        tokenizer.add_special_tokens([_as_special(token) for token in control.values() if not token.special])
+        tokenizer.encode_special_tokens = True  # "encode their spelling", as plain text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._barred = frozenset(control) - {self.control.get(getattr(tokenizer.model, "unk_token", None) or "", -1)}
+        self._kind = _decoder_kind(tokenizer)
         self._byte_level = _byte_level()
         self._bytes: dict[int, bytes] = {}
-        self.end_token_ids = frozenset(end_token_ids)
         self.prefix = self._prefix()
 
     @classmethod
     def from_directory(cls, directory: Path) -> "Tokenizer":
-        """The tokenizer of a model's directory."""
-        return cls((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        """The tokenizer of a model's directory. Blocking: about a second for a vocabulary of 262,144."""
+        return cls(_Tokenizer.from_file(str(directory / "tokenizer.json")))
 
     @property
     def size(self) -> int:
@@ -196,15 +195,26 @@ class Tokenizer:
             return bytes([int(match.group(1), 16)])
         return spelling.replace("▁", " ").encode()
 
-    @staticmethod
-    def _decoder_kind(document: dict[str, Any]) -> str:
-        decoder = document.get("decoder") or {}
-        kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
-        if "ByteLevel" in kinds:
-            return "byte-level"
-        if kinds & {"ByteFallback", "Metaspace"}:
-            return "byte-fallback"
-        raise TokenizerUnsupported(f"decoder of {sorted(kinds)}: known are ByteLevel, ByteFallback and Metaspace")
+
+def _as_special(token: AddedToken) -> AddedToken:
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=True,
+    )
+
+
+def _decoder_kind(tokenizer: _Tokenizer) -> str:
+    decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder is not None else {}
+    kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
+    if "ByteLevel" in kinds:
+        return "byte-level"
+    if kinds & {"ByteFallback", "Metaspace"}:
+        return "byte-fallback"
+    raise TokenizerUnsupported(f"decoder of {sorted(kinds)}: known are ByteLevel, ByteFallback and Metaspace")
 
 
 def _byte_offsets(text: str) -> list[int]:

@@ -83,6 +83,7 @@ class FakeHost:
     closed: bool = False
     drained_s: float | None = None
     golden: Sequence[int] = tuple(range(10, 18))  # what the replica's own golden prompt (class EXPLAIN) is answered; not counted
+    golden_error: str | None = None  # or this, as its `Done.error`
     error: str | None = None  # `Done.error` of each call, in place of an answer
     _stopped: set[tuple[str, int]] = field(default_factory=set)
     _aborted: set[str] = field(default_factory=set)
@@ -164,7 +165,7 @@ class FakeHost:
             for token in self.golden:
                 yield Token(call.id, 0, token)
             yield Ended(call.id, 0, FinishReason.LENGTH)
-            yield Done(call.id, Usage(len(call.prompt), 0, len(self.golden)), Timings(0.0, 0.0, 0.0))
+            yield Done(call.id, Usage(len(call.prompt), 0, len(self.golden)), Timings(0.0, 0.0, 0.0), self.golden_error)
             return
         self.calls.append(call)
         self.running.add(call.id)

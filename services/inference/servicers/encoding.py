@@ -9,6 +9,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import TypeVar
 
 from argosy.v1 import content_pb2, embedding_pb2, language_pb2, usage_pb2
@@ -29,7 +30,10 @@ WINDOW_TOKENS = 8_192  # a text longer than this, or than the context, is read i
 OVERLAP = 8  # windows share one part in this many
 BASELINES = 1_024  # label sets whose bias is remembered
 SENTIMENT = ("positive", "neutral", "negative")
-START_BEAM = 12  # starts of an answer that are followed
+HEAD_TOKENS, HEAD_CHARACTERS = 3, 24  # a start is judged by its first tokens
+HEAD_BEAM = 64  # different starts that are judged
+START_BEAM = 12  # and of these, followed to their end
+SAME_HEAD = 2  # places followed for each
 SPAN_TOKENS = 32  # longest answer
 VECTOR_VALUES = 786_432  # texts × dimensions: the reply stays under 3 MiB
 
@@ -187,7 +191,7 @@ class Encoder:
             return language_pb2.Classification(labels=scored, windows=count)
 
         try:
-            results = await spending.each([lambda text=text: one(text) for text in asked.texts])  # type: ignore[misc]
+            results = await spending.each([partial(one, text) for text in asked.texts])
         finally:
             for work in baseline_work.values():
                 work.cancel()
@@ -234,7 +238,7 @@ class Encoder:
 
     async def language(self, text: str, who: Who, left_s: float) -> Language:
         """The language of a text: by its script, then by the likelihood of the language's name. Raises UnsupportedLanguage."""
-        tags = languages.candidates(text)
+        tags = languages.tell(text)
         if not tags:
             raise UnsupportedLanguage("source_language")
         if len(tags) == 1:
@@ -280,7 +284,7 @@ class Encoder:
             assert isinstance(reply, Embedded)  # what an Embed is answered with
             return list(reply.vectors)
 
-        replies = await spending.each([lambda batch=batch: one(batch) for batch in batches])  # type: ignore[misc]
+        replies = await spending.each([partial(one, batch) for batch in batches])
         sums = [[0.0] * width for _ in asked.texts]
         weights = [0] * len(asked.texts)
         for (place, ids), raw in zip(inputs, itertools.chain.from_iterable(replies), strict=True):
@@ -304,7 +308,7 @@ class Encoder:
             at = 0
             for window in await self._planner.windows(passage.text, size, 2 * SPAN_TOKENS if size > 4 * SPAN_TOKENS else 0):
                 at = passage.text.index(window, at)
-                work.append(lambda place=place, window=window, at=at: self._spans(asked.question, window, place, at, spending))
+                work.append(partial(self._spans, asked.question, passage.text, at, at + len(window), place, spending))
         found = await spending.each(work)
         answers, none = spans.best(list(itertools.chain.from_iterable(found)), asked.top_k or 1)
         response = language_pb2.AnswerQuestionResponse(no_answer_probability=none)
@@ -316,28 +320,34 @@ class Encoder:
             response.answers.add(span=span, probability=answer.probability)
         return response
 
-    async def _spans(self, question: str, window: str, place: int, at: int, spending: Spending) -> list[spans.Scored]:
-        """Candidates in one window: the likeliest starts, and from each every end up to SPAN_TOKENS."""
+    async def _spans(self, question: str, text: str, first: int, last: int, place: int, spending: Spending) -> list[spans.Scored]:
+        """Candidates in characters `first`..`last` of a passage: the likeliest starts, and from each every end up to SPAN_TOKENS."""
         tokenizer = self._planner.tokenizer
-        prefix = await self._planner.wording(tasks.extract(question, window))
-        starts = spans.word_starts(window)
+        prefix = await self._planner.wording(tasks.extract(question, text[first:last]))
+        starts = [start for start in spans.word_starts(text) if first <= start < last]  # a window may begin inside a word
         if not starts:
             return []
         blank = " " if self._planner.plain else ""
         # A token has at least one character in nearly every text, and 6 at most in most: this covers SPAN_TOKENS tokens.
-        tails = [window[start : start + 8 * SPAN_TOKENS] for start in starts]
-        firsts = [ids[:1] for ids in await tokenizer.aencode_batch([blank + tail[:32] for tail in tails])]
+        tails = [text[start : min(last, start + 8 * SPAN_TOKENS)] for start in starts]
+        heads: dict[tuple[int, ...], list[int]] = {}  # the same words often start several spans: they are scored once
+        for one, ids in enumerate(await tokenizer.aencode_batch([blank + tail[:HEAD_CHARACTERS] for tail in tails])):
+            heads.setdefault(tuple(ids[:HEAD_TOKENS]), []).append(one)
         none = (await tokenizer.aencode_batch([blank + tasks.NO_ANSWER]))[0]
-        probes = tuple(dict.fromkeys(token for first in firsts for token in first))
+        probes = tuple(dict.fromkeys(head[0] for head in heads))
         ends = (*self._planner.hello.end_token_ids, *(tokenizer.newline_ids if self._planner.plain else ()))
         reply = await self._score(prefix, [none], spending, ends, probes)
         none_score = sum(reply.continuations[0].logprobs) + spans.logsumexp(reply.continuations[0].probes[-1])
         likely = dict(zip(probes, reply.first_probes, strict=True))
-        order = sorted(range(len(starts)), key=lambda one: -max((likely[token] for token in firsts[one]), default=-math.inf))
-        chosen = sorted(order[:START_BEAM])
+        ranked = sorted(heads, key=lambda head: -likely[head[0]])[:HEAD_BEAM]
+        if len(ranked) > START_BEAM:
+            begun = await self._score(prefix, ranked, spending)
+            totals = {head: sum(one.logprobs) for head, one in zip(ranked, begun.continuations, strict=True)}
+            ranked = sorted(ranked, key=lambda head: -totals[head])[:START_BEAM]
+        chosen = sorted(one for head in ranked for one in heads[head][:SAME_HEAD])
         pieces = await asyncio.to_thread(lambda: [tokenizer.pieces(blank + tails[one])[:SPAN_TOKENS] for one in chosen])
         reply = await self._score(prefix, [[piece.id for piece in row] for row in pieces], spending, ends)
-        borders = spans.word_ends(window)
+        borders = spans.word_ends(text)
         found = []
         for one, row, continuation in zip(chosen, pieces, reply.continuations, strict=True):
             said = (blank + tails[one]).encode()
@@ -347,7 +357,7 @@ class Encoder:
                 end = starts[one] + len(said[: piece.end_byte].decode()) - len(blank)
                 if end in borders and (step == len(row) or row[step].start_byte == piece.end_byte):
                     log_odds = total + spans.logsumexp(continuation.probes[step]) - none_score
-                    found.append(spans.Scored(place, at + starts[one], at + end, log_odds))
+                    found.append(spans.Scored(place, starts[one], end, log_odds))
         return found
 
 

@@ -260,11 +260,11 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         try:
             load = self._host.load
             while True:
-                yield self._load_message(load)
-                following = following or asyncio.ensure_future(anext(source))
+                following = following or asyncio.ensure_future(anext(source))  # the first is the load now
                 done, _ = await asyncio.wait({following}, timeout=self._pace.load_s)
                 if done:
                     load, following = following.result(), None
+                yield self._load_message(load)
         finally:
             if following is not None:
                 following.cancel()
