@@ -21,6 +21,7 @@ from services.chassis.errors import FieldInvalid, FieldOutOfRange, PromptTooLong
 TABLE: dict[str, Any] = tomllib.loads((Path(__file__).parent / "bounds.toml").read_text("utf-8"))
 BOUNDS: dict[str, dict[str, dict[str, Any]]] = TABLE["bounds"]  # message's full name → field or oneof → rules
 PROMPT_BYTES: int = TABLE["prompt_bytes"]
+MESSAGES: int = TABLE["messages"]
 VECTOR_VALUES = 786_432  # texts × dimensions of one reply: 3 MiB of floats
 DECLARATION_BYTES = 8_192  # name, description and schema of one tool
 SENTIMENT_LABELS = 3
@@ -35,13 +36,14 @@ FLOATS = {FieldDescriptor.TYPE_FLOAT, FieldDescriptor.TYPE_DOUBLE}
 
 
 class _Reading:
-    """What one check adds up: bytes of prompt, and the field that took them over the limit."""
+    """What one check adds up: bytes of prompt, the field that took them over the limit, and messages at every depth."""
 
-    __slots__ = ("over", "prompt")
+    __slots__ = ("messages", "over", "prompt")
 
     def __init__(self) -> None:
         self.prompt = 0
         self.over = ""
+        self.messages = 0
 
     def add(self, size: int, path: str) -> None:
         self.prompt += size
@@ -69,6 +71,9 @@ def check(message: Message) -> None:
 
 
 def _walk(message: Any, at: str, reading: _Reading) -> None:
+    reading.messages += 1
+    if reading.messages > MESSAGES:  # 65,536 parts would hold the loop for 250 ms
+        raise FieldOutOfRange(at.removesuffix("."), reading.messages, MESSAGES, "items")
     descriptor = message.DESCRIPTOR
     plan = _PLANS.get(descriptor.full_name) or _compile(descriptor)
     for missing in plan.needed:

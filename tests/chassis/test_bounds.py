@@ -135,6 +135,7 @@ def test_every_request_field_has_bounds() -> None:
             continue
         oneofs = {oneof.name for oneof in message.oneof_decl if not oneof.name.startswith("_")}
         assert set(BOUNDS[name]) <= {field.name for field in message.field} | oneofs, name
+        assert {field.name for field in message.field} <= set(BOUNDS[name]), name
         for field in new(name).DESCRIPTOR.fields:
             where, rule = f"{name}.{field.name}", BOUNDS[name].get(field.name)
             assert rule is not None, f"{where} has no bounds"
@@ -433,6 +434,15 @@ def test_A1_the_prompt_is_capped_over_all_its_texts() -> None:
     assert (type(error), error.field) == (PromptTooLong, "messages[2].parts[0].text")
     tools = [content_pb2.ToolDeclaration(name=f"t{n}", description="d" * 8_000) for n in range(33)]
     assert type(refused(chat(tools=tools))) is PromptTooLong
+
+
+def test_a_million_parts_do_not_hold_the_loop() -> None:
+    """A dialogue of tiny parts is given up at the 4,096th message: what a check costs is bounded, not only what is asked."""
+    crowd = content_pb2.ChatMessage(role=content_pb2.ROLE_USER, parts=[content_pb2.ContentPart(text="x")] * 63)
+    error = refused(chat(messages=[crowd] * 1_024))
+    assert isinstance(error, FieldOutOfRange)
+    assert error.metadata == {"field": "messages[63].parts[62]", "asked": "4097", "limit": "4096", "unit": "items"}
+    check(chat(messages=[crowd] * 63))
 
 
 @pytest.mark.parametrize(

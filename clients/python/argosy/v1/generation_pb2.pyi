@@ -109,7 +109,7 @@ class ChatRequest(_message.Message):
     """Whether it may call them. Unset: AUTO."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.ChatMessage]:
-        """The turns so far; 1..1,024; together ≤262,144 bytes of text. Required."""
+        """The turns so far; 1..1,024; together ≤262,144 bytes of text and <4,096 turns and parts. Required."""
 
     @_builtins.property
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.ToolDeclaration]:
