@@ -42,7 +42,7 @@ check: $(STAMP)  ## ruff, mypy, import contracts, buf lint and breaking, stub dr
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
-	@git rev-parse --verify -q main >/dev/null && git ls-tree main buf.yaml | grep -q . && $(BIN)/buf breaking --against '.git#branch=main' || echo "buf breaking: no main to compare with"
+	@if git ls-tree main buf.yaml 2>/dev/null | grep -q .; then $(BIN)/buf breaking --against '.git#branch=main'; else echo "buf breaking: no main to compare with"; fi
 	$(BIN)/python tools/gen_protos.py --check
 	$(BIN)/python tools/gen_sync_client.py --check
 
