@@ -38,7 +38,9 @@ def remaining(margin_s: float = 0.2, cap_s: float = 900.0) -> float:
 class Cancellable(Protocol):
     """Any grpc.aio call."""
 
-    def cancel(self) -> bool: ...
+    def cancel(self) -> bool:
+        """End it; False if it had ended already."""
+        ...
 
 
 C = TypeVar("C", bound=Cancellable)
@@ -57,7 +59,7 @@ def is_local(address: str) -> bool:
     """Whether bytes to `address` stay on this machine: a unix socket or a loopback address."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
-    host = address.split("://")[-1].rsplit("/", 1)[-1].rsplit(":", 1)[0].strip("[]")
+    host = address.rsplit("://", maxsplit=1)[-1].rsplit("/", 1)[-1].rsplit(":", 1)[0].strip("[]")
     return host in ("localhost", "::1") or host.startswith("127.")
 
 

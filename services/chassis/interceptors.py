@@ -62,6 +62,7 @@ class Incoming:
 
     @property
     def exempt(self) -> bool:
+        """Health and reflection."""
         return self.method.startswith(EXEMPT)
 
     def value(self, key: str) -> str | bytes | None:
@@ -102,13 +103,16 @@ class Context:
         return getattr(self._grpc, name)
 
     def invocation_metadata(self) -> tuple[Metadatum, ...]:
+        """What the door let in."""
         return self._metadata
 
     async def send_initial_metadata(self, metadata: Iterable[Metadatum]) -> None:
+        """From here on no channel repeats the call."""
         self._progress.admitted = True
         await self._grpc.send_initial_metadata(tuple(metadata))
 
     async def write(self, message: Any) -> None:
+        """Send one message; for handlers that are no generators."""
         self._progress.admitted = True
         await self._grpc.write(message)
 
@@ -157,7 +161,7 @@ class Cutoff:
             raise DeadlineExceeded(progress().last_sequence) from None
 
 
-class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc's stubs leave it Any
+class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Runs every method inside `async with around(details, context)` and keeps its arity."""
 
     def __init__(
@@ -171,6 +175,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc's stubs le
         self._unknown = unknown
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        """Wrap the method's handler."""
         h = await continuation(details)
         if h is None:  # core answers UNIMPLEMENTED
             if self._unknown is not None:
@@ -211,9 +216,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc's stubs le
                         return await method(parse(request), context)
 
             inside = reply
-        return HANDLERS[h.request_streaming, h.response_streaming](
-            inside, None if late else h.request_deserializer, h.response_serializer
-        )
+        return HANDLERS[h.request_streaming, h.response_streaming](inside, None if late else h.request_deserializer, h.response_serializer)
 
     def _let_in(self, metadata: Iterable[Any]) -> tuple[Metadatum, ...]:
         pairs = ((key, value) for key, value in metadata or ())
@@ -253,10 +256,12 @@ class InFlight:
 
     @property
     def count(self) -> int:
+        """Calls inside."""
         return len(self._tasks)
 
     @asynccontextmanager
     async def counted(self) -> AsyncIterator[None]:
+        """Count this call while the block runs."""
         task = asyncio.current_task()
         assert task is not None  # a coroutine always runs in one
         self._tasks.add(task)

@@ -112,7 +112,7 @@ class Serving:
     health_address: str  # of the second listener, or empty
     inflight: InFlight
     _server: Any
-    _health: health.aio.HealthServicer
+    _health: Any  # grpc_health.v1.health.aio.HealthServicer
     _services: Sequence[str]
     _listener: Listener
     _hurry: asyncio.Event = field(default_factory=asyncio.Event)
@@ -122,6 +122,7 @@ class Serving:
 
     @property
     def is_ready(self) -> bool:
+        """Whether health says SERVING."""
         return self._ready and not self._lagging and not self.inflight.draining
 
     async def ready(self) -> None:
@@ -218,7 +219,7 @@ async def serve(
         interceptors=[door(inflight, policy or Policy(), telemetry.around, telemetry.unknown_method)],
     )
     register(server)
-    checks = health.aio.HealthServicer()  # born SERVING
+    checks = health.aio.HealthServicer()  # type: ignore[attr-defined]  # born SERVING
     for name in ("startup", "ready", "", *services):
         await checks.set(name, NOT_SERVING)
     await checks.set("live", SERVING)

@@ -134,7 +134,8 @@ def _scalar(text: str, kind: Any) -> Any:
 
 def _within(value: Any, metadata: Mapping[str, Any]) -> Any:
     low, high = metadata.get("minimum"), metadata.get("maximum")
+    wanted = f"between {low} and {high}" if None not in (low, high) else f"at least {low}" if high is None else f"at most {high}"
     for item in value if isinstance(value, tuple) else (value,):
         if item is not None and ((low is not None and item < low) or (high is not None and item > high)):
-            raise ValueError(f"between {low} and {high}" if None not in (low, high) else f"at least {low}" if high is None else f"at most {high}")
+            raise ValueError(wanted)
     return value

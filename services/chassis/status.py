@@ -63,9 +63,7 @@ def _details(error: ServiceError, request_id: str) -> Iterable[Any]:
         )
     if Detail.PRECONDITION_FAILURE in error.details:
         yield error_details_pb2.PreconditionFailure(
-            violations=[
-                error_details_pb2.PreconditionFailure.Violation(type=error.reason, subject=subject, description=error.sentence)
-            ]
+            violations=[error_details_pb2.PreconditionFailure.Violation(type=error.reason, subject=subject, description=error.sentence)]
         )
     if Detail.REQUEST_INFO in error.details and request_id:
         yield error_details_pb2.RequestInfo(request_id=request_id[:64])
@@ -100,7 +98,7 @@ def _bare(code: grpc.StatusCode, admitted: bool, last_sequence: int | None) -> S
 
 def error_info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo | None:
     """Our own ErrorInfo in an upstream's status, or None if it has none or does not fit its code."""
-    blob = dict(error.trailing_metadata() or ()).get(STATUS_KEY)
+    blob = dict(_trailers(error)).get(STATUS_KEY)
     if not isinstance(blob, bytes):
         return None
     info = error_details_pb2.ErrorInfo()
@@ -115,6 +113,11 @@ def error_info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo | Non
     return info
 
 
+def _trailers(error: grpc.aio.AioRpcError) -> tuple[Metadatum, ...]:
+    trailers: Any = error.trailing_metadata()  # grpc's stubs call an entry not iterable
+    return tuple((key, value) for key, value in trailers or ())
+
+
 def upstream(error: grpc.aio.AioRpcError) -> Answer | ServiceError | None:
     """An upstream's answer that carries our ErrorInfo, unchanged; None if it carries none."""
     info = error_info(error)
@@ -123,7 +126,7 @@ def upstream(error: grpc.aio.AioRpcError) -> Answer | ServiceError | None:
     if info.reason in OUR_FAULT:
         return Internal()
     ours = (STATUS_KEY, PUSHBACK_KEY, LAST_SEQUENCE_KEY)
-    trailers = tuple((key, value) for key, value in error.trailing_metadata() or () if key in ours)
+    trailers = tuple((key, value) for key, value in _trailers(error) if key in ours)
     return Answer(error.code(), REASONS[info.reason].sentence, trailers)
 
 

@@ -140,6 +140,7 @@ class Spool(SpanProcessor):
         )
 
     def on_end(self, span: ReadableSpan) -> None:
+        """Queue or count; never wait."""
         if span.context is None or not span.context.trace_flags.sampled:
             return
         with self._lock:
@@ -157,9 +158,11 @@ class Spool(SpanProcessor):
             self._dropped(spans)
 
     def shutdown(self) -> None:
-        self._batch.shutdown()
+        """Send what waits."""
+        self._batch.shutdown()  # type: ignore[no-untyped-call]
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        """Send what waits, now."""
         return self._batch.force_flush(timeout_millis)
 
 
@@ -212,6 +215,7 @@ class Telemetry:
 
     @classmethod
     def off(cls) -> Self:
+        """Nothing is measured; a trace still passes through."""
         return cls(trace.NoOpTracer(), prometheus_client.CollectorRegistry(), None)
 
     @classmethod
@@ -226,7 +230,7 @@ class Telemetry:
         endpoint = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").rstrip("/")
         if endpoint:
             sender = OTLPMetricExporter(endpoint=f"{endpoint}/v1/metrics", timeout=EXPORT_TIMEOUT_S)
-            readers.append(PeriodicExportingMetricReader(sender, export_interval_millis=15_000, export_timeout_millis=EXPORT_TIMEOUT_S * 1e3))
+            readers.append(PeriodicExportingMetricReader(sender, export_interval_millis=15_000))
             spans = spans or OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces", timeout=EXPORT_TIMEOUT_S)
         meters = MeterProvider(readers, resource, shutdown_on_exit=False)
         if spans is None:
@@ -523,7 +527,7 @@ def configure_logs(level: str = "INFO", stream: TextIO | None = None) -> None:
         trace_ids,
         frames,
     ]
-    final = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, clean, one_line]
+    final: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, clean, one_line]
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final))
     handler.addFilter(_Unwanted())

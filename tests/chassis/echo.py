@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -65,7 +64,7 @@ async def echo(
         yield serving
 
 
-class Caller:
+class Client:
     """The client's side of one channel."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
@@ -78,13 +77,9 @@ class Caller:
 
 
 @asynccontextmanager
-async def calling(address: str, **kwargs: Any) -> AsyncIterator[Caller]:
+async def calling(address: str, **kwargs: Any) -> AsyncIterator[Client]:
     async with open_channel(address, **kwargs) as channel:
-        yield Caller(channel)
-
-
-def socket_in(folder: Path) -> str:
-    return f"unix:{folder / 'echo.sock'}"
+        yield Client(channel)
 
 
 def text(value: str) -> StringValue:

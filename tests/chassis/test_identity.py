@@ -104,7 +104,9 @@ def test_parts_of_two_tokens_do_not_fit() -> None:
         VERIFIER.verify(theirs.split(b".")[0] + b"." + mine.split(b".")[1], NOW)
 
 
-@pytest.mark.parametrize("late_s, good", [(-SKEW_S - 0.1, False), (-SKEW_S, True), (LIFETIME_S + SKEW_S - 0.1, True), (LIFETIME_S + SKEW_S, False)])
+@pytest.mark.parametrize(
+    "late_s, good", [(-SKEW_S - 0.1, False), (-SKEW_S, True), (LIFETIME_S + SKEW_S - 0.1, True), (LIFETIME_S + SKEW_S, False)]
+)
 def test_F29_a_token_lives_60_s_and_clocks_may_differ_by_30(late_s: float, good: bool) -> None:
     blob = CallerSigner(NEW, "new").sign(CALLER, "inference", NOW)
     if good:
