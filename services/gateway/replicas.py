@@ -25,6 +25,7 @@ from argosy_internal.engine.v1 import engine_pb2, engine_pb2_grpc
 from services.chassis.channel import open_channel, streaming
 from services.chassis.errors import NotStarted, Shed
 from services.chassis.identity import CALLER_KEY, Caller, CallerSigner
+from services.chassis.telemetry import Telemetry
 from services.gateway import routing
 from services.gateway.admission import Admission, Ask, Waiting
 from services.gateway.catalog import Catalog, Served
@@ -32,10 +33,12 @@ from services.gateway.settings import Placing
 
 log = logging.getLogger(__name__)
 
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs forgot it
+
 AUDIENCE = "argosy.inference"  # what a pod's CallerVerifier is made with
 INFO_TIMEOUT_S = 5.0
 QUIET_S = 20.0  # an idle replica reports each 15 s
-HUNG_S = 5.0  # one that holds our calls reports each 100 ms: this silence means it is frozen
+HUNG_S = 10.0  # one that holds our calls reports each 100 ms, a long step apart: this silence means it is frozen
 BACKOFF_S, BACKOFF_CAP_S = 0.1, 2.0
 ABORT_TIMEOUT_S = 1.0
 GENERATE = "/argosy.internal.engine.v1.EngineService/Generate"
@@ -69,7 +72,9 @@ class Link:
     def __post_init__(self) -> None:
         self.stub = engine_pb2_grpc.EngineServiceStub(self.channel)
         # No deserializer: the events are relayed unopened.
-        self.generate = self.channel.unary_stream(GENERATE, request_serializer=engine_pb2.GenerateRequest.SerializeToString)
+        self.generate = self.channel.unary_stream(
+            GENERATE, request_serializer=engine_pb2.GenerateRequest.SerializeToString, response_deserializer=None
+        )
 
     def judge(self) -> None:
         """Reachable is both watchers' word."""
@@ -102,10 +107,10 @@ class Place:
         """The replica has queued the call: its load reports count it from here."""
         self.link.replica.started(self._number, self._pool.now())
 
-    async def abort(self, generation_id: str) -> None:
-        """Ask the replica to end a generation; its stream then ends with the usage in its trailers. Errors are the caller's to see."""
+    async def abort(self, generation_id: str, caller: Caller) -> None:
+        """Ask the replica to end a generation of `caller`; its stream then ends with the usage in its trailers. Errors come through."""
         await self.link.stub.Abort(
-            engine_pb2.AbortRequest(generation_ids=[generation_id]), timeout=ABORT_TIMEOUT_S, metadata=self.metadata(GATEWAY)
+            engine_pb2.AbortRequest(generation_ids=[generation_id]), timeout=ABORT_TIMEOUT_S, metadata=self.metadata(caller)
         )
 
     def move(self) -> bool:
@@ -232,7 +237,7 @@ class Pool:
         loop = asyncio.get_running_loop()
         told: asyncio.Future[None] = loop.create_future()
         admission = self.admission(stream)
-        waiting = admission.offer(ask, loop.time(), lambda: told.done() or told.set_result(None))  # type: ignore[func-returns-value]
+        waiting = admission.offer(ask, loop.time(), lambda: None if told.done() else told.set_result(None))
         if waiting.placement is not None:
             waiting.placement.waiting = waiting
             self.replicas.retries.attempted()
@@ -265,7 +270,7 @@ class Replicas:
         placing: Placing,
         signer: CallerSigner,
         credentials: grpc.ChannelCredentials | None = None,
-        interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
+        telemetry: Telemetry | None = None,
         changed: Callable[[bool], Awaitable[None]] | None = None,
     ) -> None:
         """`changed(any reachable)` is awaited when the fleet becomes usable or stops being so."""
@@ -273,18 +278,20 @@ class Replicas:
         self.retries = routing.RetryBudget()
         self.catalog = Catalog()
         self._signer = signer
+        self._telemetry = telemetry or Telemetry.off()
         self._changed = changed
         self.usable = False  # any replica reachable
         self._pools: dict[str, Pool] = {}
         self._judged = asyncio.Event()  # set, and replaced, at each report
         self.links = [
-            Link(address, open_channel(address, credentials=credentials, interceptors=interceptors), routing.Replica(label(address)))
+            # No interceptors: one would add a hop to each event of each stream.
+            Link(address, open_channel(address, credentials=credentials), routing.Replica(label(address)))
             for address in addresses
         ]
 
     def metadata(self, caller: Caller) -> Metadata:
-        """The signed caller for one call."""
-        return ((CALLER_KEY, self._signer.sign(caller, AUDIENCE, time.time())),)
+        """The signed caller for one call, and the trace it belongs to."""
+        return self._telemetry.inject(((CALLER_KEY, self._signer.sign(caller, AUDIENCE, time.time())),))
 
     def resolve(self, name: str, allowed: Iterable[str]) -> Served:
         """Like Catalog.resolve, but NotStarted while no replica has ever been seen: nothing is known yet."""
@@ -318,13 +325,17 @@ class Replicas:
                 watcher.cancel()
             await asyncio.gather(*watchers, return_exceptions=True)
             for link in self.links:
-                await link.channel.close()
+                await link.channel.close(None)
 
     async def until(self, reachable: int, timeout_s: float = 10.0) -> None:
         """Wait until exactly so many replicas are reachable; TimeoutError if that does not come about."""
         async with asyncio.timeout(timeout_s):
             while sum(link.replica.reachable for link in self.links) != reachable:
-                await self._judged.wait()
+                await self.judged()
+
+    async def judged(self) -> None:
+        """Wait for the next report of any replica."""
+        await self._judged.wait()
 
     async def _judge(self, link: Link) -> None:
         link.judge()
@@ -341,6 +352,7 @@ class Replicas:
     async def _watch_load(self, link: Link) -> None:
         failures = 0
         while True:
+            reported = False
             try:
                 info = await link.stub.GetEngineInfo(
                     engine_pb2.GetEngineInfoRequest(), timeout=INFO_TIMEOUT_S, metadata=self.metadata(GATEWAY)
@@ -348,14 +360,16 @@ class Replicas:
                 link.info, link.served = info, served_from(info)
                 self.catalog.serves(link.replica.name, link.served)
                 async with streaming(link.stub.WatchLoad(engine_pb2.WatchLoadRequest(), metadata=self.metadata(GATEWAY))) as loads:
-                    while (load := await self._next_load(link, loads)) is not grpc.aio.EOF:
-                        failures = 0
+                    while (load := await self._next_load(link, loads)) is not EOF:
+                        failures, reported = 0, True
                         link.replica.report(load_from(load), asyncio.get_running_loop().time())
                         if not link.loads:
                             log.info("replica %s serves %s", link.replica.name, link.served.name)
                         link.loads = True
                         await self._judge(link)
             except (grpc.aio.AioRpcError, TimeoutError) as error:
+                if reported and isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    continue  # a watch has a longest life too; the replica is as well as it was
                 if link.loads:
                     log.warning("replica %s is gone: %s", link.replica.name, _word(error))
             link.loads = False

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from argosy.v1 import embedding_pb2, explanation_pb2, generation_pb2, language_pb2, model_pb2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from google.protobuf.descriptor import ServiceDescriptor
 
+from argosy.v1 import embedding_pb2, explanation_pb2, generation_pb2, language_pb2, model_pb2
 from services.chassis.errors import ScopeMissing
 from services.chassis.identity import Caller, CallerSigner
 from services.chassis.interceptors import Authenticate, Policy
@@ -109,7 +109,7 @@ async def running(
         placing=settings.placing,
         signer=signer,
         credentials=inference_credentials(settings),
-        interceptors=telemetry.interceptors(),
+        telemetry=telemetry,
         changed=changed,
     )
     relay = Relay(replicas, ledger, settings.placing, revocations=revocations, telemetry=telemetry)
@@ -147,5 +147,3 @@ async def gateway(settings: GatewaySettings, **wiring: Any) -> AsyncIterator[str
     """The address of a running gateway; `wiring` as for `running`."""
     async with running(settings, **wiring) as gate:
         yield gate.address
-
-

@@ -6,10 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
-from argosy.v1 import content_pb2, embedding_pb2_grpc, explanation_pb2_grpc, generation_pb2, generation_pb2_grpc, language_pb2_grpc
-from argosy.v1 import model_pb2_grpc, stream_pb2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from argosy.v1 import (
+    content_pb2,
+    embedding_pb2_grpc,
+    explanation_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    language_pb2_grpc,
+    model_pb2_grpc,
+    stream_pb2,
+)
 from services.chassis.channel import ENGINE
 from services.chassis.errors import ApiKeyInvalid
 from services.chassis.identity import Caller, CallerSigner, CallerVerifier
@@ -83,9 +91,7 @@ async def edge(
         inference_addresses=(*(engine.address for engine in engines), *addresses),
         placing=Placing(**placing),
     )
-    async with running(
-        settings, ledger=books, authenticate=authenticate, signer=CallerSigner(KEY, "k"), revocations=revocations
-    ) as gate:
+    async with running(settings, ledger=books, authenticate=authenticate, signer=CallerSigner(KEY, "k"), revocations=revocations) as gate:
         await gate.replicas.until(len(engines) if reachable is None else reachable)
         async with grpc.aio.insecure_channel(gate.address, options=[*ENGINE.items()]) as channel:
             yield Edge(gate, books, channel, known)

@@ -176,7 +176,9 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         config = request.config
         outputs = max(1, config.sampling.n)
         tokens = list(self.says) if self.says is not None else _words(_prompt_of(request))
-        limit = config.stopping.max_output_tokens if config.stopping.HasField("max_output_tokens") else request.output_token_ceiling or 4_096
+        limit = (
+            config.stopping.max_output_tokens if config.stopping.HasField("max_output_tokens") else request.output_token_ceiling or 4_096
+        )
         finish = stream_pb2.FINISH_REASON_STOP if len(tokens) <= limit else stream_pb2.FINISH_REASON_LENGTH
         tokens = tokens[:limit]
         sequence = 0
@@ -275,7 +277,9 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
 
     async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Any) -> generation_pb2.TokenizeResponse:
         await self._begin("Tokenize", request, context, request.text)
-        return generation_pb2.TokenizeResponse(tokens=[generation_pb2.TextToken(token_id=1, token=w.encode()) for w in _words(request.text)])
+        return generation_pb2.TokenizeResponse(
+            tokens=[generation_pb2.TextToken(token_id=1, token=w.encode()) for w in _words(request.text)]
+        )
 
     async def _begin(self, method: str, request: Any, context: Any, prompt: str) -> Record:
         """Admit a call as a pod does: refuse, or send initial metadata and count it."""

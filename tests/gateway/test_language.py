@@ -2,8 +2,8 @@
 
 import grpc
 import pytest
-from argosy.v1 import language_pb2
 
+from argosy.v1 import language_pb2
 from services.chassis.status import error_info
 from services.gateway.ledger import Outcome
 from tests.fakes.edge import edge, events_of, metadata, text_of

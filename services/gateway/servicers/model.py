@@ -5,7 +5,6 @@ import binascii
 from typing import Any, Protocol
 
 from argosy.v1 import model_pb2
-
 from services.chassis import bounds
 from services.chassis.errors import FieldInvalid, PageTokenInvalid
 from services.gateway.catalog import Catalog, Served

@@ -1,5 +1,7 @@
 """From a service's descriptor and an object with its methods to handlers. GenerationEvents leave as the bytes they arrived as."""
 
+from __future__ import annotations  # the generic handlers exist in grpc's stubs only
+
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +12,9 @@ from google.protobuf.descriptor import ServiceDescriptor
 EVENT = "argosy.v1.GenerationEvent"
 
 
-def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
+def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler[Any, Any]:
     """One handler a method that `servicer` has; a method it lacks is UNIMPLEMENTED. None here streams requests."""
-    table: dict[str, grpc.RpcMethodHandler] = {}
+    table: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in service.methods:
         handler = getattr(servicer, method.name, None)
         if handler is None:

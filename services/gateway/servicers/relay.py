@@ -37,6 +37,8 @@ from services.gateway.settings import Placing
 
 log = logging.getLogger(__name__)
 
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs forgot it
+
 USAGE_KEY = "argosy-usage-bin"  # argosy.v1.Usage, in the trailers of every end of a replica's call without Completed
 MARGIN_S = 0.2  # of the caller's deadline, kept to answer in; the replica keeps 0.05 of the rest for its own soft limit
 SOFT_MARGIN_S = 0.25
@@ -79,8 +81,8 @@ class Place(Protocol):
         """The replica's load reports count the call from here."""
         ...
 
-    async def abort(self, generation_id: str) -> None:
-        """Ask the replica to end the generation."""
+    async def abort(self, generation_id: str, caller: Caller) -> None:
+        """Ask the replica to end the caller's generation."""
         ...
 
     def move(self) -> bool:
@@ -213,7 +215,7 @@ class _Account:
         """Abort, then read on to the trailers with the exact usage. A hang-up alone would stop it too, but tell us nothing."""
         try:
             async with asyncio.timeout(ABORTED_WITHIN_S):
-                await place.abort(self.generation_id)
+                await place.abort(self.generation_id, self.plan.caller)
                 if self.finished is not None:
                     await self.finished.wait()
         except (TimeoutError, grpc.aio.AioRpcError):
@@ -258,7 +260,7 @@ class _Pump:
         account = self.account
         call = account.call
         try:
-            while (event := await call.read()) is not grpc.aio.EOF:
+            while (event := await call.read()) is not EOF:
                 self._note(event)
                 if self.abandoned:
                     continue
@@ -291,7 +293,7 @@ class _Pump:
 
     async def _drain(self, call: Any) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError):
-            while (event := await call.read()) is not grpc.aio.EOF:
+            while (event := await call.read()) is not EOF:
                 self._note(event)
             await call.code()
 
@@ -361,7 +363,7 @@ def _kind_of(event: stream_pb2.GenerationEvent) -> int:
 
 
 def _error_of(call: Any, code: grpc.StatusCode, trailers: Any, details: str) -> grpc.aio.AioRpcError:
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers or grpc.aio.Metadata(), details=details)
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers or grpc.aio.Metadata(), details, None)
 
 
 _FAULTS = frozenset(
