@@ -121,7 +121,7 @@ class JinjaTemplate:
                     **dict(self.variables),
                 )
             )
-        except TemplateError as error:
+        except Exception as error:  # a template may raise anything: it is a program
             raise TemplateRefused(type(error).__name__) from error
         parts: list[str | Control] = []
         for place, piece in enumerate(re.split(f"\ue000{salt}:([0-9]+)\ue001", rendered)):
