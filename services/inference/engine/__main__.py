@@ -19,7 +19,7 @@ import traceback
 import msgspec
 
 from services.inference.engine.engine import Engine, offered, run
-from services.inference.engine.frames import encode, to_engine
+from services.inference.engine.frames import FrameError, encode, to_engine
 from services.inference.engine.inbox import Inbox
 from services.inference.engine.settings import EngineSettings
 
@@ -63,10 +63,15 @@ def die_with(parent: int) -> None:
 
 def listen(connection: socket.socket, inbox: Inbox) -> None:
     """Feed the inbox until the parent hangs up, then end the process: there is nobody to finish a step for."""
-    reader = to_engine()
-    while data := _receive(connection):
-        inbox.put(reader.feed(data))
-    os._exit(0)
+    reader, status = to_engine(), 1
+    try:
+        while data := _receive(connection):
+            inbox.put(reader.feed(data))
+        status = 0
+    except FrameError as failure:
+        log.critical("the parent sent what is not a frame", extra=at(failure))
+    finally:
+        os._exit(status)
 
 
 def _receive(connection: socket.socket) -> bytes:

@@ -12,6 +12,7 @@ MOST_BYTES = 256 * 2**20  # of one frame; anything longer is not ours
 
 _LENGTH = struct.Struct("!I")
 _encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
 T = TypeVar("T")
 
 
@@ -19,7 +20,17 @@ class FrameError(Exception):
     """The bytes are not a frame."""
 
 
-def encode(messages: Sequence[FromEngine | ToEngine]) -> bytes:
+def sealed(message: ToEngine) -> msgspec.Raw:
+    """A message for `encode`, known to be readable: raises FrameError to whoever made it, instead of hurting all who share its frame."""
+    try:
+        raw = _encoder.encode(message)
+        _to_engine.decode(raw)
+    except (msgspec.MsgspecError, TypeError, OverflowError) as failure:
+        raise FrameError(f"not a message: {failure}") from failure
+    return msgspec.Raw(raw)
+
+
+def encode(messages: Sequence[FromEngine | ToEngine | msgspec.Raw]) -> bytes:
     """One frame."""
     body = _encoder.encode(messages)
     return _LENGTH.pack(len(body)) + body

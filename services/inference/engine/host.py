@@ -21,7 +21,7 @@ import msgspec
 
 from services.inference.engine.calls import Abort, Call, Done, Drain, FromEngine, Hello, Load, Stop, ToEngine
 from services.inference.engine.engine import Engine, offered, run
-from services.inference.engine.frames import FrameError, encode, from_engine
+from services.inference.engine.frames import FrameError, encode, from_engine, sealed
 from services.inference.engine.inbox import Inbox
 from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import Runner
@@ -207,8 +207,8 @@ class _Streaming:
             raise EngineNotReady("the engine is not ready")
         if id in self._streams:
             raise ValueError(f"call {id} is running")
-        stream = self._streams[id] = _Stream()
         self._post(call)
+        stream = self._streams[id] = _Stream()
         try:
             while True:
                 for message in await stream.read():
@@ -273,7 +273,7 @@ class _Wire(asyncio.Protocol):
         self._lost = lost
         self._reader = from_engine()
         self._transport: asyncio.Transport | None = None
-        self._outbox: list[ToEngine] = []
+        self._outbox: list[msgspec.Raw] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -291,10 +291,11 @@ class _Wire(asyncio.Protocol):
         self.closed.set()
 
     def post(self, message: ToEngine) -> None:
-        """All that is posted in one turn of the loop goes out as one frame."""
+        """All that is posted in one turn of the loop goes out as one frame. Raises FrameError for what cannot be sent."""
+        raw = sealed(message)
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._outbox.append(message)
+        self._outbox.append(raw)
 
     def _flush(self) -> None:
         outbox, self._outbox = self._outbox, []
@@ -443,7 +444,7 @@ class ProcessHost(_Streaming):
             await self._process.wait()
 
     def _post(self, message: ToEngine) -> None:
-        if len(self._streams) == 1 and not self._leaving and not isinstance(message, Stop | Abort):
+        if not self._streams and not self._leaving:  # from here on it owes an answer
             self._heard_at = asyncio.get_running_loop().time()
         if self._wire is not None:
             self._wire.post(message)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 
 from services.inference.engine.calls import Abort, Drain, FromEngine, Generate, Limits, Sampling, Stop, ToEngine, Token
-from services.inference.engine.frames import MOST_BYTES, FrameError, encode, from_engine, to_engine
+from services.inference.engine.frames import MOST_BYTES, FrameError, encode, from_engine, sealed, to_engine
 
 CALL = Generate("a", (1, 2), Sampling(seed=2**63), Limits(5, (0,)), deadline_s=1.5, tenant="t", cache_salt=b"\x00\xff", time_limit_s=2.0)
 FRAMES: list[list[ToEngine]] = [[CALL, Stop("a", 1)], [Abort(("a", "b"))], [], [Drain()]]
@@ -38,3 +38,13 @@ def test_a_step_of_tokens_comes_back():
 def test_what_is_not_a_frame_is_an_error(data: bytes):
     with pytest.raises(FrameError):
         from_engine().feed(data)
+
+
+def test_a_sealed_message_is_a_message():
+    assert to_engine().feed(encode([sealed(CALL), sealed(Drain())])) == [CALL, Drain()]
+
+
+@pytest.mark.parametrize("seed", ["1", 1.5, None, 2**64, object()])
+def test_what_cannot_be_read_is_refused_before_it_is_sent(seed: object):
+    with pytest.raises(FrameError):
+        sealed(msgspec.structs.replace(CALL, sampling=Sampling(seed=seed)))  # type: ignore[arg-type]

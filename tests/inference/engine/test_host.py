@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from services.inference.engine.calls import Done, FromEngine, Generate, Limits, Sampling, Token
+from services.inference.engine.frames import FrameError
 from services.inference.engine.host import STREAM_FRAMES, EngineLost, EngineNotReady, ProcessHost, Restarts, SlowReader
 from services.inference.engine.settings import EngineSettings
 from tests.fakes.runner import HANG, alone
@@ -139,6 +140,16 @@ async def test_a_stream_that_is_not_read_is_aborted_and_stops_nobody_else():
             async for load in host.watch_load():
                 if load.free_blocks == load.total_blocks:
                     break
+
+
+async def test_A20_a_call_that_cannot_be_sent_hurts_only_its_maker():
+    async with started() as host:
+        stream = host.submit(generate(count=50))
+        await anext(stream)
+        with pytest.raises(FrameError):
+            await answer(host, generate("b", count=2**70))
+        assert isinstance([message async for message in stream][-1], Done)
+        assert isinstance((await answer(host, generate("b", count=2)))[-1], Done)
 
 
 PARENT = """
