@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from services.inference.engine.backend import Batch
 from services.inference.engine.kernels import Unsupported
 from services.inference.engine.step import BLOCK_SIZE, DeviceLost
+from services.inference.engine.weights import ModelRefused
 
 if TYPE_CHECKING:
     from services.inference.engine.settings import EngineSettings
@@ -412,7 +413,19 @@ def _load(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
     if kinds or getattr(config, "is_encoder_decoder", False):
         raise Unsupported(f"it has {', '.join(sorted(kinds)) or 'an encoder'}, and only causal attention is served")
     config._attn_implementation = ATTENTION
-    model = model_class.from_pretrained(directory, config=config, dtype=dtype, use_safetensors=True, local_files_only=True)
+    # What it reports of a load goes unread; what is wrong with one is asked for and refused, since it would be made up at random.
+    transformers.utils.logging.set_verbosity_error()
+    model, report = model_class.from_pretrained(
+        directory,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    if wrong := sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}):
+        raise ModelRefused(f"{directory.name} lacks {len(wrong)} tensors or has them in another shape, {wrong[0]} first.")
     return model.eval().to(device)
 
 

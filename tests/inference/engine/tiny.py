@@ -68,8 +68,15 @@ def save(family: str, directory: Path) -> Path:
 
 
 def settings(directory: Path, **others: Any) -> EngineSettings:
-    values = {"dtype": "float32", "backend": "eager", "device": DEVICE, "threads": 1, "kv_tokens": 2048}
-    return EngineSettings(model=str(directory), cache_dir=str(directory / "cache"), **values | others)
+    values = {
+        "cache_dir": str(directory / "cache"),
+        "dtype": "float32",
+        "backend": "eager",
+        "device": DEVICE,
+        "threads": 1,
+        "kv_tokens": 2048,
+    }
+    return EngineSettings(model=str(directory), **values | others)
 
 
 def runner(directory: Path, kv_tokens: int = 2048) -> TorchRunner:
