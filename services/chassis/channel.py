@@ -1,6 +1,7 @@
 """Channels between our own processes: keepalive that notices a frozen peer, deadlines that travel on, streams that end when left."""
 
 import asyncio
+import ipaddress
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -60,7 +61,10 @@ def is_local(address: str) -> bool:
     if address.startswith(("unix:", "unix-abstract:")):
         return True
     host = address.rsplit("://", maxsplit=1)[-1].rsplit("/", 1)[-1].rsplit(":", 1)[0].strip("[]")
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name: whoever resolves it decides where it leads
+        return False
 
 
 class PlaintextRefused(ValueError):

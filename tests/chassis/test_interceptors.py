@@ -112,18 +112,18 @@ async def test_message_caps() -> None:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Unary": handler}),))
 
     limits = {**SERVER, "grpc.max_receive_message_length": 4_000}
-    async with serve(Listener(announce_seconds=0), add, [SERVICE], policy=Policy(request_bytes=1_000), options=limits) as serving:
-        async with calling(serving.address) as caller:
-            call = caller.channel.unary_unary(f"/{SERVICE}/Unary", None, None)
-            assert await call(b"x" * 1_000) == b"1000" and parsed == 1
-            error = await failure(call(b"x" * 1_001))
-            info = unpacked(error)["ErrorInfo"]
-            assert (info.reason, dict(info.metadata)) == (
-                "FIELD_OUT_OF_RANGE", {"field": "", "asked": "1001", "limit": "1000", "unit": "bytes"},
-            )  # fmt: skip
-            assert await reason_of(call(b"x" * 4_000)) == "FIELD_OUT_OF_RANGE"
-            assert (await failure(call(b"x" * 4_001))).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert parsed == 1
+    serving_at = serve(Listener(announce_seconds=0), add, [SERVICE], policy=Policy(request_bytes=1_000), options=limits)
+    async with serving_at as serving, calling(serving.address) as caller:
+        call = caller.channel.unary_unary(f"/{SERVICE}/Unary", None, None)
+        assert await call(b"x" * 1_000) == b"1000" and parsed == 1
+        error = await failure(call(b"x" * 1_001))
+        info = unpacked(error)["ErrorInfo"]
+        assert (info.reason, dict(info.metadata)) == (
+            "FIELD_OUT_OF_RANGE", {"field": "", "asked": "1001", "limit": "1000", "unit": "bytes"},
+        )  # fmt: skip
+        assert await reason_of(call(b"x" * 4_000)) == "FIELD_OUT_OF_RANGE"
+        assert (await failure(call(b"x" * 4_001))).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert parsed == 1
 
 
 async def test_cleanup_in_await_and_yield() -> None:
@@ -166,10 +166,14 @@ async def test_contextvars_of_one_call_do_not_reach_another() -> None:
         progress().last_sequence = 5
         return WHO
 
-    async with echo({"Unary": body}) as plain, calling(plain.address) as caller:
-        async with echo({"Unary": body}, policy=Policy(authenticate=number)) as other, calling(other.address) as second:
-            assert (await second.unary(text(""))).value.startswith("5 Caller")
-            assert (await caller.unary(text(""))).value == "None None"
+    async with (
+        echo({"Unary": body}) as plain,
+        echo({"Unary": body}, policy=Policy(authenticate=number)) as other,
+        calling(plain.address) as caller,
+        calling(other.address) as second,
+    ):
+        assert (await second.unary(text(""))).value.startswith("5 Caller")
+        assert (await caller.unary(text(""))).value == "None None"
 
 
 # --- metadata -----------------------------------------------------------------------------------------------------------------------
@@ -390,16 +394,17 @@ async def test_in_flight_counts_what_is_inside_and_nothing_else() -> None:
         return text("")
 
     async with echo({"Unary": body}) as serving, calling(serving.address) as caller:
-        async with streaming(health_pb2_grpc.HealthStub(caller.channel).Watch(health_pb2.HealthCheckRequest())) as watch:
-            await watch.read()
-            assert serving.inflight.count == 0
-            calls = [caller.unary(text("")) for _ in range(3)]
-            for _ in calls:
-                await inside.acquire()
-            assert serving.inflight.count == 3 and not await serving.inflight.idle(0)
-            gate.set()
-            await asyncio.gather(*calls)
-            assert await serving.inflight.idle(10)
+        watch = health_pb2_grpc.HealthStub(caller.channel).Watch(health_pb2.HealthCheckRequest())
+        await watch.read()
+        assert serving.inflight.count == 0
+        calls = [caller.unary(text("")) for _ in range(3)]
+        for _ in calls:
+            await inside.acquire()
+        assert serving.inflight.count == 3 and not await serving.inflight.idle(0)
+        gate.set()
+        await asyncio.gather(*calls)
+        assert await serving.inflight.idle(10)
+        watch.cancel()
 
 
 async def test_idle_of_an_empty_server_waits_for_nothing() -> None:

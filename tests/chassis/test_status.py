@@ -95,6 +95,14 @@ async def drained(call: Any) -> list[str]:
     return [event.value async for event in call]
 
 
+async def rest(call: Any) -> list[str]:
+    """What a call that was read from with `read` still has to say."""
+    events = []
+    while (event := await call.read()) is not grpc.aio.EOF:
+        events.append(event.value)
+    return events
+
+
 def raising(make: Callable[[str], BaseException]) -> Any:
     async def body(request: Any, context: Any) -> Any:
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, "r-1"), (status.SERVED_BY_KEY, "pod-7")))
