@@ -171,23 +171,25 @@ def test_A20_nan_stays_with_its_row(directory: Path) -> None:
     poisoned, clean = TorchRunner(Poisoned(backend, token=1)), tiny.runner(directory)  # type: ignore[arg-type]
     texts = prompts(LENGTHS)
     expected = drive(clean, [Walk(k, texts[k], tables(4, 80)[k]) for k in range(4)], 12)
-    walks = [Walk(k, texts[k], tables(4, 80)[k]) for k in range(4)]
-    bad = Row(key=9, tokens=[1] * 40, start=0, blocks=[60, 61, 62], draw=greedy())
+    walks = [Walk(k, texts[k], [block + 20 for block in tables(4, 80)[k]]) for k in range(4)]
+    spoiled = [0, 1, 2]  # block 0 is what short tables are padded with
+    bad = Row(key=9, tokens=[1] * 40, start=0, blocks=spoiled, draw=greedy())
     rows = [bad, *(walk.row(100) for walk in walks)]
     results = poisoned.step(rows)
     assert [result.error for result in results] == ["nan", None, None, None, None]
     for walk, result in zip(walks, results[1:], strict=True):
         walk.computed = len(walk.prompt)
         walk.tokens.append(result.token or 0)
-    worse = Row(key=9, tokens=[1], start=40, blocks=[60, 61, 62], draw=greedy())
+    worse = Row(key=9, tokens=[1], start=40, blocks=spoiled, draw=greedy())
     results = poisoned.step([worse, *(walk.row(100) for walk in walks)])
     assert [result.error for result in results] == ["nan", None, None, None, None]
     for walk, result in zip(walks, results[1:], strict=True):
         walk.computed += 1
         walk.tokens.append(result.token or 0)
     assert drive(poisoned, walks, 12) == expected
-    again = Walk(5, texts[0], [60, 61, 62, 63])  # blocks freed by the bad sequence
-    assert drive(poisoned, [again], 12) == [expected[0]]
+    # Blocks freed by the bad sequence, whose tails still hold its NaN, beside a longer neighbour.
+    again = [Walk(5, texts[3], [*spoiled, 50]), Walk(6, texts[0], [60, 61, 62, 63])]
+    assert drive(poisoned, again, 12) == [expected[3], expected[0]]
 
 
 @pytest.mark.parametrize(
