@@ -1,4 +1,4 @@
-"""One suite for every `Host`. Each is given the same fake runner, so what a call is answered can be computed here."""
+"""One suite for every `Host`: real ones over the fake runner, and the fake that the wire's tests use, scripted to say the same."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -26,7 +26,9 @@ from services.inference.engine.calls import (
 from services.inference.engine.host import EngineLost, EngineNotReady, Host, InlineHost, ProcessHost
 from services.inference.engine.settings import EngineSettings
 from tests.fakes import runner
-from tests.fakes.runner import alone, embedding
+from tests.fakes.host import FakeHost
+from tests.fakes.host import hello as scripted_hello
+from tests.fakes.runner import alone
 
 PROMPT = tuple(range(2, 42))
 SAMPLING = Sampling(seed=3)
@@ -34,15 +36,33 @@ LONG = 900  # tokens: a call that does not end by itself while a test looks at i
 
 
 def made(kind: str, settings: EngineSettings) -> Host:
-    return ProcessHost(settings, "tests.fakes.runner:build") if kind == "process" else InlineHost(settings, runner.build)
+    if kind == "process":
+        return ProcessHost(settings, "tests.fakes.runner:build")
+    if kind == "inline":
+        return InlineHost(settings, runner.build)
+    hello = scripted_hello(model="fake", blocks=256, context=4096)
+    return FakeHost(lambda call, index: alone(call.prompt, call.sampling, index, call.limits.max_output_tokens, 1000), hello=hello)
 
 
-@pytest.fixture(params=["process", "inline"])
-async def host(request: pytest.FixtureRequest) -> AsyncIterator[Host]:
-    host = made(request.param, EngineSettings(kv_tokens=4096))
+async def opened(kind: str) -> AsyncIterator[Host]:
+    host = made(kind, EngineSettings(kv_tokens=4096))
     await host.start()
     yield host
     await host.close()
+
+
+@pytest.fixture(params=["process", "inline", "fake"])
+async def host(request: pytest.FixtureRequest) -> AsyncIterator[Host]:
+    """Every host."""
+    async for host in opened(request.param):
+        yield host
+
+
+@pytest.fixture(params=["process", "inline"])
+async def real(request: pytest.FixtureRequest) -> AsyncIterator[Host]:
+    """Those with an engine, for what the fake leaves to scripts."""
+    async for host in opened(request.param):
+        yield host
 
 
 def generate(id: str = "a", count: int = 5, **changes: Any) -> Generate:
@@ -56,8 +76,8 @@ async def answer(host: Host, call: Call) -> list[FromEngine]:
 
 async def settled(host: Host) -> None:
     """Until the engine reports that nothing runs and no block is held."""
-    async with asyncio.timeout(10), aclosing(host.watch_load()) as loads:  # type: ignore[type-var]
-        async for load in loads:
+    async with asyncio.timeout(10):
+        async for load in host.watch_load():
             if load.total_blocks and load.free_blocks == load.total_blocks and not load.running_sequences:
                 return
 
@@ -86,17 +106,18 @@ async def test_many_calls_at_once_are_not_mixed_up(host: Host):
             assert said(messages, index) == alone(PROMPT, SAMPLING, index, 1 + n, 1000)
 
 
-async def test_a_score_and_an_embedding(host: Host):
-    shared = {"deadline_s": 60.0, "tenant": "t", "cache_salt": b"salt"}
+async def test_a_score_and_an_embedding_are_answered_in_the_order_asked(host: Host):
+    shared: dict[str, Any] = {"deadline_s": 60.0, "tenant": "t", "cache_salt": b"salt"}
     scored, done = await answer(host, Score("s", PROMPT, ((5, 6), (7,)), first_probes=(8,), **shared))
     assert isinstance(scored, Scored) and [len(c.logprobs) for c in scored.continuations] == [2, 1] and len(scored.first_probes) == 1
     assert isinstance(done, Done) and done.usage == Usage(43, 0, 0)
-    embedded, _ = await answer(host, Embed("e", (PROMPT, (5,)), **shared))
-    assert isinstance(embedded, Embedded) and embedded.vectors == (embedding(PROMPT), embedding((5,)))
+    embedded, done = await answer(host, Embed("e", (PROMPT, (5,)), **shared))
+    assert isinstance(embedded, Embedded) and [len(vector) for vector in embedded.vectors] == [4 * host.hello.width] * 2
+    assert isinstance(done, Done) and done.usage == Usage(41, 0, 0)
 
 
-async def test_what_cannot_run_is_refused(host: Host):
-    messages = await answer(host, generate(count=5000))
+async def test_what_cannot_run_is_refused(real: Host):
+    messages = await answer(real, generate(count=5000))
     assert [type(m) for m in messages] == [Ended, Done]
     assert isinstance(messages[-1], Done) and messages[-1].error == "over_context"
 
@@ -133,24 +154,24 @@ async def test_A5_leaving_early_aborts_and_the_id_can_be_used_again(host: Host):
     await settled(host)
 
 
-async def test_a_live_id_cannot_be_used_twice(host: Host):
-    async with aclosing(host.submit(generate(count=LONG))) as stream:
+async def test_a_live_id_cannot_be_used_twice(real: Host):
+    async with aclosing(real.submit(generate(count=LONG))) as stream:
         await anext(stream)
         with pytest.raises(ValueError, match="running"):
-            await answer(host, generate())
+            await answer(real, generate())
 
 
-async def test_a_deadline_ends_it(host: Host):
-    messages = await answer(host, generate(count=LONG, deadline_s=0.0))
+async def test_a_deadline_ends_it(real: Host):
+    messages = await answer(real, generate(count=LONG, deadline_s=0.0))
     assert messages[-2] == Ended("a", 0, FinishReason.DEADLINE)
     assert said(messages) == []
 
 
-async def test_load_is_reported(host: Host):
-    await answer(host, generate())
-    await settled(host)
-    assert host.load.steps == 5
-    assert host.load.total_blocks == 256
+async def test_load_is_reported(real: Host):
+    await answer(real, generate())
+    await settled(real)
+    assert real.load.steps == 5
+    assert real.load.total_blocks == 256
 
 
 async def test_readiness_can_be_watched(host: Host):
@@ -169,36 +190,36 @@ async def test_readiness_can_be_watched(host: Host):
     assert seen == [True, False]
 
 
-async def test_a_drain_finishes_what_runs_and_refuses_the_rest(host: Host):
-    running = host.submit(generate(count=50))
+async def test_a_drain_finishes_what_runs_and_refuses_the_rest(real: Host):
+    running = real.submit(generate(count=50))
     first = await anext(running)
-    draining = asyncio.create_task(host.drain(30.0))
+    draining = asyncio.create_task(real.drain(30.0))
     messages = [first, *[m async for m in running]]
     assert messages[-2] == Ended("a", 0, FinishReason.LENGTH)
     await asyncio.wait_for(draining, 30)
-    assert not host.ready
+    assert not real.ready
     with pytest.raises(EngineNotReady):
-        await answer(host, generate("b"))
+        await answer(real, generate("b"))
 
 
-async def test_a_drain_aborts_what_outlasts_the_grace(host: Host):
-    stream = host.submit(generate(count=LONG * 4))
+async def test_a_drain_aborts_what_outlasts_the_grace(real: Host):
+    stream = real.submit(generate(count=LONG * 4))
     first = await anext(stream)
-    host.stop("unknown", 0)
-    draining = asyncio.create_task(host.drain(0.0))
+    real.stop("unknown", 0)
+    draining = asyncio.create_task(real.drain(0.0))
     messages = [first, *[m async for m in stream]]
     assert messages[-2] == Ended("a", 0, FinishReason.CANCELLED)
     await draining
 
 
-async def test_closing_loses_what_runs_and_is_safe_to_repeat(host: Host):
-    stream = host.submit(generate(count=LONG))
+async def test_closing_loses_what_runs_and_is_safe_to_repeat(real: Host):
+    stream = real.submit(generate(count=LONG))
     await anext(stream)
-    await host.close()
+    await real.close()
     with pytest.raises(EngineLost):
         async for _ in stream:
             pass
-    await host.close()
+    await real.close()
 
 
 @pytest.mark.parametrize("kind", ["process", "inline"])
