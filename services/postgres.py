@@ -12,6 +12,7 @@ import pwd
 import secrets
 import shutil
 import stat
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -76,21 +77,24 @@ def _let_in(path: Path) -> None:
 
 
 async def _call(account: Account | None, *command: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        user=account.uid if account else None,
-        group=account.gid if account else None,
-        extra_groups=[] if account else None,
-        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "TZ": "UTC"},
-        cwd="/",
-        start_new_session=True,  # Ctrl-C reaches the fleet, which then stops the server in order
-    )
-    _, errors = await process.communicate()
-    if process.returncode:
-        raise PostgresFailed(f"{Path(command[0]).name} ended with {process.returncode}: {errors.decode(errors='replace')[-2000:]}")
+    with tempfile.TemporaryFile() as said:  # no pipe: the server inherits it, and reading would wait for the server's end
+        done = await asyncio.to_thread(  # in a thread, because uvloop's own subprocesses cannot change the user
+            subprocess.run,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            user=account.uid if account else None,
+            group=account.gid if account else None,
+            extra_groups=[] if account else None,
+            env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "TZ": "UTC"},
+            cwd="/",
+            start_new_session=True,  # Ctrl-C reaches the fleet, which then stops the server in order
+            check=False,
+        )
+        if done.returncode:
+            said.seek(0)
+            raise PostgresFailed(f"{Path(command[0]).name} ended with {done.returncode}: {said.read().decode(errors='replace')[-2000:]}")
 
 
 def _binaries() -> Path:
