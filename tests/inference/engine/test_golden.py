@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from services.inference.engine.build import build
-from services.inference.engine.runner import TorchRunner
+from services.inference.engine.calls import Done, Generate, Limits, Sampling, Token
+from services.inference.engine.engine import Engine
+from services.inference.engine.runner import TorchRunner, pack
+from services.inference.engine.step import Probe, Row
 from tests.inference.engine import tiny
-from tests.inference.engine.tiny import FAMILIES, Walk, drive, prompts, tables
+from tests.inference.engine.tiny import FAMILIES, GREEDY, Walk, drive, prompts, tables
 
 LENGTHS = (50, 1, 7, 33, 16)
 COUNT = 24
@@ -72,9 +75,6 @@ def test_built_by_settings(golden: tuple[TorchRunner, list[list[int]], Path]) ->
 
 def test_logits_of_the_head_alone_equal_the_model(golden: tuple[TorchRunner, list[list[int]], Path]) -> None:
     runner, _, directory = golden
-    from services.inference.engine.runner import pack
-    from services.inference.engine.step import Probe, Row
-
     prompt = prompts(LENGTHS)[0]
     row = Row(key=0, tokens=prompt, start=0, blocks=[0, 1, 2, 3], probe=Probe([(n, None) for n in range(len(prompt))]))
     batch, _ = pack([row], runner.backend.device)
@@ -82,3 +82,39 @@ def test_logits_of_the_head_alone_equal_the_model(golden: tuple[TorchRunner, lis
     with torch.inference_mode():
         wanted: Any = tiny.reference(directory)(torch.tensor([prompt])).logits[0]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def through(engine: Engine, calls: list[Generate]) -> dict[tuple[str, int], list[int]]:
+    for call in calls:
+        engine.take(call)
+    said: dict[tuple[str, int], list[int]] = {}
+    while not engine.idle:
+        for event in engine.step():
+            if isinstance(event, Token):
+                said.setdefault((event.id, event.index), []).append(event.token_id)
+            assert not isinstance(event, Done) or event.error is None
+    assert engine.blocks.held == 0
+    return said
+
+
+def asked(id: str, prompt: list[int], sampling: Sampling = GREEDY, outputs: int = 1) -> Generate:
+    limits = Limits(max_output_tokens=COUNT, end_token_ids=(), ignore_end_token=True)
+    return Generate(id, tuple(prompt), sampling, limits, deadline_s=600.0, tenant="t", cache_salt=b"s", outputs=outputs)
+
+
+@pytest.mark.parametrize(("kv_tokens", "step_tokens"), [(2048, 512), (2048, 11), (192, 64)])
+def test_through_the_engine(golden: tuple[TorchRunner, list[list[int]], Path], kv_tokens: int, step_tokens: int) -> None:
+    """Chunks, prefixes seen before and, with 12 blocks for 17, preemption: the same tokens, and drawn ones the same in any company."""
+    _, expected, directory = golden
+    settings = tiny.settings(directory, kv_tokens=kv_tokens, max_step_tokens=step_tokens)
+    runner, hello = build(settings)
+    texts = prompts(LENGTHS)
+    engine = Engine(runner, hello, settings)
+    for _ in range(2):  # the second time from the cache
+        said = through(engine, [asked(str(k), text) for k, text in enumerate(texts)])
+        assert [said[str(k), 0] for k in range(len(texts))] == expected
+    warm = Sampling(seed=9, temperature=1.2, top_p=0.95)
+    drawn = [through(engine, [asked(str(k), text, warm, outputs=2)]) for k, text in enumerate(texts)]
+    together = through(engine, [asked(str(k), text, warm, outputs=2) for k, text in enumerate(texts)])
+    assert together == {key: tokens for one in drawn for key, tokens in one.items()}
+    assert len({tuple(tokens) for tokens in together.values()}) == 2 * len(texts)
