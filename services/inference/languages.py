@@ -37,6 +37,20 @@ _REGIONS = {
     "IN": "India", "IT": "Italy", "MX": "Mexico", "PT": "Portugal", "SG": "Singapore", "TW": "Taiwan", "US": "United States",
 }  # fmt: skip
 
+# "Thank you very much.": one pair shows a plain model what is wanted; without it a base model often repeats the source.
+THANKS = {
+    "af": "Baie dankie.", "ar": "شكرا جزيلا.", "bg": "Много благодаря.", "bn": "অনেক ধন্যবাদ।", "ca": "Moltes gràcies.",
+    "cs": "Děkuji mnohokrát.", "da": "Mange tak.", "de": "Vielen Dank.", "el": "Ευχαριστώ πολύ.", "en": "Thank you very much.",
+    "es": "Muchas gracias.", "et": "Suur tänu.", "fa": "خیلی ممنون.", "fi": "Paljon kiitoksia.", "fil": "Maraming salamat.",
+    "fr": "Merci beaucoup.", "he": "תודה רבה.", "hi": "बहुत धन्यवाद।", "hr": "Hvala lijepa.", "hu": "Köszönöm szépen.",
+    "id": "Terima kasih banyak.", "it": "Grazie mille.", "ja": "どうもありがとうございます。", "ko": "대단히 감사합니다.",
+    "lt": "Labai ačiū.", "lv": "Liels paldies.", "ms": "Terima kasih banyak.", "nb": "Tusen takk.", "nl": "Dank je wel.",
+    "no": "Tusen takk.", "pl": "Dziękuję bardzo.", "pt": "Muito obrigado.", "ro": "Mulțumesc foarte mult.", "ru": "Большое спасибо.",
+    "sk": "Ďakujem veľmi pekne.", "sl": "Najlepša hvala.", "sq": "Faleminderit shumë.", "sr": "Хвала пуно.", "sv": "Tack så mycket.",
+    "sw": "Asante sana.", "ta": "மிக்க நன்றி.", "th": "ขอบคุณมาก", "tl": "Maraming salamat.", "tr": "Çok teşekkür ederim.",
+    "uk": "Дуже дякую.", "ur": "بہت شکریہ۔", "vi": "Cảm ơn rất nhiều.", "zh": "非常感谢。", "zh-Hant": "非常感謝。",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Language:
@@ -44,6 +58,11 @@ class Language:
 
     tag: str
     name: str
+
+    @property
+    def thanks(self) -> str | None:
+        """A sentence of it that is known in many languages; None where it is not known in this one."""
+        return THANKS.get(self.tag) or THANKS.get(self.tag.split("-")[0])
 
 
 def language(tag: str) -> Language | None:

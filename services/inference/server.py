@@ -28,6 +28,7 @@ __all__ = ["AUDIENCE", "Vocabulary", "inference", "replica"]
 AUDIENCE = "argosy.inference"  # what the gateway signs callers for
 SERVICE = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
 UNARY_SECONDS = 30.0  # deadline cap of the methods that neither generate nor encode
+DEFAULT_MODEL = "gemma-3-270m"  # what "default" is
 LONG = ("Generate", "Encode", "WatchLoad")
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ async def _follow(
         reading = group.create_task(asyncio.to_thread(_vocabulary, settings, progress)) if vocabulary is None else None
     hello = starting.result()
     tokenizer, template = vocabulary or (reading.result() if reading else _vocabulary(settings, progress))
-    name = model_name(settings.model_name or hello.model)
+    name = model_name(settings.model_name or (DEFAULT_MODEL if settings.model == hello.model == "default" else hello.model))
     canary = Canary(engine, (*tokenizer.prefix, *tokenizer.encode(Canary.PROMPT)), settings.canary_seconds)
     async with aclosing(engine.watch_ready()) as states:  # type: ignore[type-var]
         async for ready in states:

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from services.inference.languages import Language
+
 __all__ = [
     "LINE_END", "NEUTRAL_TEXTS", "NO_ANSWER", "Wording", "answer", "cut_lines", "detect_language", "extract", "independent", "label",
     "normalised", "script", "sentiment", "softmax", "summarize", "translate", "windows",
@@ -56,7 +58,7 @@ def label(text: str, labels: Sequence[str], instruction: str) -> Wording:
 def sentiment(text: str, labels: Sequence[str], instruction: str) -> Wording:
     """Ask for the sentiment of a text; `instruction` is not used, since the labels' meaning is fixed."""
     return Wording(
-        f"Text: {text}\nSentiment:",
+        f"Review: {text}\nSentiment:",
         f"Is the sentiment of this text {', '.join(labels[:-1])} or {labels[-1]}? Answer with that one word.\n\nText: {text}",
     )
 
@@ -71,11 +73,12 @@ def summarize(documents: Sequence[str], instruction: str) -> Wording:
     )
 
 
-def translate(text: str, source: str, target: str) -> Wording:
-    """`source` and `target` are English names of languages; an empty source is left to the model."""
+def translate(text: str, source: Language, target: Language) -> Wording:
+    """The plain form shows one sentence in both languages first."""
+    shown = f"{source.name}: {source.thanks}\n{target.name}: {target.thanks}\n\n" if source.thanks and target.thanks else ""
     return Wording(
-        f"Translate {source or 'the text'} to {target}.\n\n{source or 'Text'}: {text}\n{target}:",
-        f"Translate the following text{f' from {source}' if source else ''} to {target}. Answer with the translation alone.\n\n{text}",
+        f"{shown}{source.name}: {text}\n{target.name}:",
+        f"Translate the following text from {source.name} to {target.name}. Answer with the translation alone.\n\n{text}",
     )
 
 

@@ -124,3 +124,10 @@ def test_answers_do_not_overlap_and_share_one_distribution(candidates, top_k):
 def test_logsumexp_survives_extremes():
     assert spans.logsumexp([-math.inf, -math.inf]) == -math.inf
     assert spans.logsumexp([1_000.0, 1_000.0]) == pytest.approx(1_000 + math.log(2))
+
+
+def test_translation_shows_a_pair_where_both_languages_are_known():
+    english, french, tatar = (languages.language(tag) for tag in ("en", "fr", "tt"))
+    assert tasks.translate("x", english, french).plain == "English: Thank you very much.\nFrench: Merci beaucoup.\n\nEnglish: x\nFrench:"
+    assert tasks.translate("x", english, tatar).plain == "English: x\nTatar:"
+    assert languages.language("zh-Hant").thanks != languages.language("zh-Hans").thanks

@@ -340,7 +340,7 @@ class Engine:
             return
         if live.prompted is None:
             live.prompted = now
-        if live.prompt_scores_due and (sequence.report is not None or len(sequence.tokens) == 1):
+        if live.prompt_scores_due and sequence.report is not None:
             self._events.append(live.prompt_scored())
         if sequence.draw is None:
             if result.vector is not None:

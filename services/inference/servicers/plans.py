@@ -174,14 +174,14 @@ class Planner:
         for text in asked.texts:
             source = given or await detect(text)
             sources.append(source.tag)
-            frame = len(await self.wording(tasks.translate("", source.name, target.name)))
+            frame = len(await self.wording(tasks.translate("", source, target)))
             size = (self.hello.context - frame) // 3  # a translation is at most about twice as long
             if size < 8:
                 raise PromptTooLong("texts", frame, self.hello.context, "tokens")
             segments = []
             for before, line in tasks.cut_lines(text) if self.plain else [("", text)]:
                 for place, part in enumerate(await self.windows(line, size, 0)):
-                    prompt = await self.wording(tasks.translate(part, source.name, target.name))
+                    prompt = await self.wording(tasks.translate(part, source, target))
                     segments.append(Segment(prompt, " " if place else before))
             outputs.append(segments)
         return replace(self.task(outputs, stopping), source_languages=tuple(sources))

@@ -226,13 +226,9 @@ int64_t argosy_candidates(Engine *engine, const Model *m, const Screen *screen, 
     const size_t element = m->wide ? 4 : 2;
     for (long row = 0; row < rows; row++)
         quantise_activation(m, (const char *)from + (size_t)(row * n) * element, screen->column, row_room, activation + row * n, length + row, rest + row);
-    Search search = {screen, m, activation, length, rest, from, rows, count, room, cap, list, (int)workers, logits, ids};
+    Search search = {screen, m, activation, length, rest, from, rows, count, room, cap, list, (int)workers, logits, ids, examined};
     share(engine->crew, (m->vocabulary + GROUP - 1) / GROUP, screen_group, &search);
     share(engine->crew, rows, decide, &search);
-    for (long row = 0; row < rows && examined; row++) {
-        examined[row] = 0;
-        for (long w = 0; w < workers; w++) examined[row] += list[w * rows + row].overflown ? m->vocabulary : list[w * rows + row].kept;
-    }
     return 0;
 #endif
 }

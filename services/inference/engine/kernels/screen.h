@@ -28,7 +28,7 @@ typedef struct {
     Shortlist *lists; /* [worker][rows] */
     int workers;
     float *logits;
-    int64_t *ids;
+    int64_t *ids, *examined; /* [rows][count] both; [rows]: how many were computed exactly */
 } Search;
 
 static void sink(float *heap, long n, long at) {
@@ -164,10 +164,12 @@ static void decide(void *with, long row, int worker) {
     int64_t *ids = p->ids + row * p->count;
     long have = 0, all = 0;
     int overflown = 0;
+    p->examined[row] = 0;
     float *heap = p->lists[row].best; /* the first worker's, grown by the others' */
     for (int w = 0; w < p->workers; w++) overflown |= p->lists[w * p->rows + row].overflown;
     if (overflown) { /* the bounds told too little apart: every row, exactly */
         for (long id = 0; id < p->model->vocabulary; id++) insert(logits, ids, &have, p->count, exact(p, row, id), id);
+        p->examined[row] = p->model->vocabulary;
         return;
     }
     all = p->lists[row].have;
@@ -179,6 +181,9 @@ static void decide(void *with, long row, int worker) {
     for (int w = 0; w < p->workers; w++) {
         const Shortlist *list = p->lists + w * p->rows + row;
         for (long i = 0; i < list->kept; i++)
-            if (!(list->list[i].upper < bar)) insert(logits, ids, &have, p->count, exact(p, row, list->list[i].id), list->list[i].id);
+            if (!(list->list[i].upper < bar)) {
+                insert(logits, ids, &have, p->count, exact(p, row, list->list[i].id), list->list[i].id);
+                p->examined[row]++;
+            }
     }
 }
