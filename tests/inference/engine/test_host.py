@@ -12,6 +12,7 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from services.inference.engine.calls import Done, FromEngine, Generate, Limits, Sampling, Token
 from services.inference.engine.frames import FrameError
@@ -82,6 +83,10 @@ async def test_F4_a_killed_child_is_told_to_every_stream_and_replaced():
         messages = await answer(host, generate(count=5))
         assert [m.token_id for m in messages if isinstance(m, Token)] == alone(PROMPT, SAMPLING, 0, 5, 1000)
         assert host.restarted == 1
+
+
+def test_F4_the_same_on_uvloop():
+    uvloop.run(test_F4_a_killed_child_is_told_to_every_stream_and_replaced())
 
 
 async def test_F4_it_is_not_ready_while_the_child_is_replaced():
