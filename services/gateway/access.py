@@ -59,7 +59,6 @@ _writes = Access("generate", Cost.TOKENS, Idempotency.HANDLE)
 _streams = Access("generate", Cost.TOKENS, Idempotency.HANDLE, stream=True)
 _counts = Access("generate")
 _models = Access("models.read")
-_changes_models = Access("models.write", idempotency=Idempotency.REPLAY)
 _platform = Access("platform", idempotency=Idempotency.REPLAY)
 _changes_keys = Access("keys.write", idempotency=Idempotency.REPLAY)
 
@@ -91,11 +90,8 @@ ACCESS: Final[dict[str, Access]] = {
     ),
     **_rows(
         "argosy.v1.ModelService",
-        CreateModel=_changes_models,
         GetModel=_models,
         ListModels=_models,
-        UpdateModel=_changes_models,
-        DeleteModel=_changes_models,
     ),
     **_rows(
         "argosy.admin.v1.ProjectService",

@@ -35,6 +35,20 @@ class Presented:
 
 
 @dataclass(frozen=True)
+class Grant:
+    """What a key may do and use; None and an empty list of models: whatever its project may."""
+
+    scopes: frozenset[str] = frozenset()
+    models: tuple[str, ...] = ()
+    expire_time: datetime | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_requests: int | None = None
+    output_token_ceiling: int | None = None
+    nanos_per_day: int | None = None
+
+
+@dataclass(frozen=True)
 class KeyRecord:
     """A key as the store holds it, with what its project lends it."""
 
@@ -43,9 +57,7 @@ class KeyRecord:
     project: str
     live: bool  # key ACTIVE and unexpired, project ACTIVE, by the database's clock
     macs: tuple[bytes, ...]  # the secret's, and during a rotation's overlap the one before
-    scopes: frozenset[str]
-    models: tuple[str, ...]  # empty: all
-    output_token_ceiling: int | None
+    grant: Grant  # the key's own; `output_token_ceiling` is the smaller of the key's and the project's
     kv_scope: str
 
 
@@ -112,13 +124,16 @@ def proves(presented: Presented, record: KeyRecord | None, pepper: bytes) -> boo
     return (first | second) & (record is not None and record.live)
 
 
-def within(asked_scopes: frozenset[str], asked_models: tuple[str, ...], asked_expiry: datetime | None, minter: KeyRecord,
-           minter_expiry: datetime | None) -> str | None:  # fmt: skip
-    """The field in which a key asked for would exceed its minter, or None if it stays below (CVE-2026-47101)."""
-    if not asked_scopes <= minter.scopes:
+def beyond(asked: Grant, minter: Grant) -> str | None:
+    """The field in which a key asked for would exceed the key that makes it, or None if it stays within (CVE-2026-47101)."""
+    if not asked.scopes <= minter.scopes:
         return "scopes"
-    if minter.models and (not asked_models or not set(asked_models) <= set(minter.models)):
+    if minter.models and not (asked.models and set(asked.models) <= set(minter.models)):
         return "models"
-    if minter_expiry is not None and (asked_expiry is None or asked_expiry > minter_expiry):
+    if minter.expire_time is not None and (asked.expire_time is None or asked.expire_time > minter.expire_time):
         return "expire_time"
+    for limit in ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "output_token_ceiling", "nanos_per_day"):
+        most, wanted = getattr(minter, limit), getattr(asked, limit)
+        if most is not None and (wanted is None or wanted > most):
+            return "limits"
     return None

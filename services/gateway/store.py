@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from services.chassis.errors import StoreUnavailable
 from services.gateway import keys
 from services.gateway.access import SCOPES
-from services.gateway.keys import KeyRecord
+from services.gateway.keys import Grant, KeyRecord
 
 log = logging.getLogger(__name__)
 
@@ -139,22 +139,31 @@ class Store:
             raise
 
     async def key(self, uid: str) -> KeyRecord | None:
-        """The key of this uid, dead or alive, judged by the database's clock."""
-        found = await self.hot.rows(_KEY, uid)
-        if not found:
-            return None
-        row = found[0]
-        return KeyRecord(
+        """The key of this uid, dead or alive, judged by the database's clock. An unknown uid costs the same work."""
+        (row,) = await self.hot.rows(_KEY, uid)
+        record = KeyRecord(
             uid=str(row["uid"]),
             project_uid=str(row["project_uid"]),
-            project=row["project"],
-            live=row["live"],
+            project=row["project"] or "",
+            live=bool(row["live"]),
             macs=(row["mac"], row["previous_mac"]) if row["overlap"] else (row["mac"],),
-            scopes=frozenset(row["scopes"]) & SCOPES,
-            models=tuple(row["models"]),
-            output_token_ceiling=row["ceiling"],
-            kv_scope=row["kv_secret"].hex(),
+            grant=Grant(
+                scopes=frozenset(row["scopes"] or ()) & SCOPES,
+                models=tuple(row["models"] or ()),
+                expire_time=row["expire_time"],
+                requests_per_minute=row["requests_per_minute"],
+                tokens_per_minute=row["tokens_per_minute"],
+                concurrent_requests=row["concurrent_requests"],
+                output_token_ceiling=row["ceiling"],
+                nanos_per_day=row["nanos_per_day"],
+            ),
+            kv_scope=(row["kv_secret"] or b"").hex(),
         )
+        return None if row["uid"] is None else record
+
+    async def used(self, uids: Sequence[str]) -> None:
+        """Note that these keys have opened something."""
+        await self.hot.rows("UPDATE api_keys SET last_use_time = clock_timestamp() WHERE uid = ANY($1)", sorted(uids))
 
     async def dead_keys(self, uids: Sequence[str]) -> set[str]:
         """Those of `uids` that may no longer be used."""
@@ -180,11 +189,12 @@ class Store:
 
 _LIVE = """k.state = 'ACTIVE' AND p.state = 'ACTIVE' AND (k.expire_time IS NULL OR k.expire_time > clock_timestamp())"""
 _KEY = f"""
-    SELECT k.uid, k.project_uid, p.name AS project, p.kv_secret, {_LIVE} AS live, k.mac, k.previous_mac, k.scopes, k.models,
+    SELECT k.uid, k.project_uid, p.name AS project, p.kv_secret, {_LIVE} AS live, k.mac, k.previous_mac, k.scopes, k.models, k.expire_time,
+        k.requests_per_minute, k.tokens_per_minute, k.concurrent_requests, k.nanos_per_day,
         k.previous_mac IS NOT NULL AND k.previous_expire_time > clock_timestamp() AS overlap,
         least(k.output_token_ceiling, q.output_token_ceiling) AS ceiling
-    FROM api_keys k JOIN projects p ON p.uid = k.project_uid LEFT JOIN quota_policies q ON q.project_uid = p.uid
-    WHERE k.uid = $1
+    FROM (VALUES ($1::uuid)) asked(uid) LEFT JOIN api_keys k ON k.uid = asked.uid LEFT JOIN projects p ON p.uid = k.project_uid
+        LEFT JOIN quota_policies q ON q.project_uid = p.uid
 """
 _ALIVE = f"SELECT k.uid FROM api_keys k JOIN projects p ON p.uid = k.project_uid WHERE k.uid = ANY($1) AND {_LIVE}"
 

@@ -62,7 +62,7 @@ async def test_bootstrap_is_idempotent(postgres_url: str, tmp_path: Path) -> Non
         record = await store.key(presented.uid)
         assert record is not None
         assert keys.proves(presented, record, PEPPER)
-        assert "platform" in record.scopes
+        assert "platform" in record.grant.scopes
         kept.unlink()
         assert await bootstrap(store, kept) not in ("", first)
 
