@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc.aio
 import psutil
+import uvloop
 
 from argosy.v1 import generation_pb2
 from argosy_internal.engine.v1 import engine_pb2
@@ -180,7 +181,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.gateway:
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(serve_gateway(asked.gateway))
+            uvloop.run(serve_gateway(asked.gateway))  # as services.gateway does
     else:
         print(json.dumps(asyncio.run(measure(asked)), indent=2))
 

@@ -534,10 +534,10 @@ class Relay:
                 raise error
             self._count_retry()
         self._show(context, place)
-        await context.send_initial_metadata(())  # from here on no channel repeats it
         account.finished = asyncio.Event()
         pump = _Pump(account, self.placing.write_stall_seconds)
-        self.background(pump.run())
+        self.background(pump.run())  # reads while the metadata is on its way
+        await context.send_initial_metadata(())  # from here on no channel repeats it
         return pump
 
     async def _unary(self, account: _Account, request: Any, context: Any, method: str) -> Any:
