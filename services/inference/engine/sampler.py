@@ -73,6 +73,8 @@ def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
 def largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest of each row and their ids ([R, count]), best first, ties to the lower id."""
     size = logits.shape[-1]
+    if count >= size:
+        return _sorted(logits)
     wide = min(count + TIES, size)
     values, ids = torch.topk(logits, wide, dim=-1)
     if wide < size:
@@ -84,6 +86,19 @@ def largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     ids, order = torch.sort(ids, dim=-1)
     values, order = torch.sort(values.gather(-1, order), dim=-1, descending=True, stable=True)
     return values[:, :count], ids.gather(-1, order)[:, :count]
+
+
+def _sorted(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole rows, best first. On a CPU value and id are sorted as one integer: numpy's vector sort takes a tenth of torch's time."""
+    if logits.device.type != "cpu":
+        values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+        return values, ids
+    bits = logits.numpy().view(np.uint32).astype(np.uint64)
+    # Float bits ascend with the value once negative ones are inverted; inverting all of them makes it descend.
+    bits = np.where(bits >> np.uint64(31), bits, bits ^ np.uint64(0x7FFFFFFF))
+    order = np.sort(bits << _WORD | np.arange(logits.shape[-1], dtype=np.uint64), axis=-1)
+    ids = torch.from_numpy((order & _LOW).astype(np.int64))
+    return logits.gather(-1, ids), ids
 
 
 Numbers = np.ndarray[tuple[int], np.dtype[np.float64]]
@@ -172,7 +187,7 @@ def _pick(values: torch.Tensor, ids: torch.Tensor, draws: Sequence[Draw]) -> tup
     limits = [(d.sampling.top_k or size, d.sampling.top_p, d.sampling.min_p, d.sampling.temperature or 1.0) for d in draws]
     top_k, top_p, min_p, heat = torch.tensor(limits, dtype=torch.float64, device=values.device).T[:, :, None]
     weights = _weights(values, heat).masked_fill(columns >= top_k, 0.0)
-    weights = _nucleus(weights, weights.sum(-1, keepdim=True), top_p, min_p)
+    weights = _nucleus(weights, weights.sum(-1, keepdim=True, dtype=torch.float64), top_p, min_p)
     at = _invert(weights, draws)
     chosen = ids.gather(1, at[:, None])[:, 0].tolist()
     first = ids[:, 0].tolist()
@@ -185,30 +200,30 @@ def _pick_open(row: torch.Tensor, draw: Draw) -> tuple[int, str | None]:
     best = float(row.max())
     if error := _fault(best):
         return 0, error
-    if s.top_p >= 1.0 and s.min_p <= 0.0 and not s.top_k:
-        return int(_invert(_weights(row[None], s.temperature, best), [draw])), None
     size = row.shape[0]
     keep = s.top_k if 0 < s.top_k < size else size
+    if s.top_p >= 1.0 and s.min_p <= 0.0 and keep == size:
+        return int(_invert(_weights(row[None], s.temperature), [draw])), None
     values, ids = largest(row[None], NUCLEUS if keep == size > NUCLEUS else keep)
     weights = _weights(values, s.temperature)
-    total = weights.sum() if keep < size else _weights(row, s.temperature, best).sum()
-    if ids.shape[1] < keep == size and weights.sum() < s.top_p * total and weights[0, -1] >= s.min_p:
+    total = (weights if keep < size else _weights(row[None], s.temperature)).sum(dtype=torch.float64)
+    if ids.shape[1] < keep == size and weights.sum(dtype=torch.float64) < s.top_p * total and weights[0, -1] >= s.min_p:
         values, ids = largest(row[None], size)  # the nucleus goes on below what was looked at
         weights = _weights(values, s.temperature)
     top_p, min_p = torch.tensor([[s.top_p], [s.min_p]], dtype=torch.float64, device=row.device)[:, :, None]
     return int(ids[0, _invert(_nucleus(weights, total, top_p, min_p), [draw])]), None
 
 
-def _weights(values: torch.Tensor, heat: torch.Tensor | float, best: float | None = None) -> torch.Tensor:
-    """exp((value - best) / temperature), float64 so that sums agree to the last draw; the best weighs 1."""
-    values = values.double()
-    values = values - (values.amax(-1, keepdim=True) if best is None else best)
-    return torch.exp(values / heat)
+def _weights(values: torch.Tensor, heat: torch.Tensor | float) -> torch.Tensor:
+    """exp((value - best) / temperature), so that the best weighs 1. Sums of them are float64: the last of 262,144 must still count."""
+    return torch.exp((values - values.amax(-1, keepdim=True)) / heat)
 
 
 def _nucleus(weights: torch.Tensor, total: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """Zero what top-p and min-p cut from rows sorted best first. The best always stays."""
-    cut = (weights.cumsum(-1) - weights >= top_p * total) | (weights < min_p)  # the best weighs 1: a weight is its share of the best
+    cut = (weights.cumsum(-1, dtype=torch.float64) - weights >= top_p * total) | (
+        weights < min_p
+    )  # the best weighs 1: a weight is its share of the best
     cut[:, 0] = False
     return weights.masked_fill(cut, 0.0)
 
@@ -216,11 +231,13 @@ def _nucleus(weights: torch.Tensor, total: torch.Tensor, top_p: torch.Tensor, mi
 def _invert(weights: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """Where each row's cumulative weight [R, C] passes its uniform number; int64 [R]."""
     points = uniform([d.sampling.seed for d in draws], [d.index for d in draws], [d.position for d in draws])
-    sums = weights.cumsum(-1)
+    sums = weights.cumsum(-1, dtype=torch.float64)
     at = torch.searchsorted(sums, _on(weights, points)[:, None] * sums[:, -1:], right=True)[:, 0]
-    # Rounding may put the point at the very end: the last id with a weight, not one that was cut.
-    last = weights.shape[1] - 1 - (weights > 0).flip(-1).to(torch.int8).argmax(-1)
-    return torch.minimum(at, last)
+    if bool((at == weights.shape[1]).any()):
+        # Rounding put the point at the very end: take the last id with a weight, not one that was cut.
+        last = weights.shape[1] - 1 - (weights > 0).flip(-1).to(torch.int8).argmax(-1)
+        at = torch.minimum(at, last)
+    return at
 
 
 def _report(logits: torch.Tensor, draws: Sequence[Draw]) -> dict[int, tuple[torch.Tensor, float, list[tuple[int, float]]]]:
