@@ -16,8 +16,9 @@ import uvloop
 
 from services.inference.engine.calls import Done, FromEngine, Generate, Limits, Sampling, Token
 from services.inference.engine.frames import FrameError
-from services.inference.engine.host import STREAM_FRAMES, EngineLost, EngineNotReady, ProcessHost, Restarts, SlowReader
+from services.inference.engine.host import EngineLost, EngineNotReady, ProcessHost, Restarts, SlowReader
 from services.inference.engine.settings import EngineSettings
+from services.inference.engine.streams import STREAM_FRAMES
 from tests.fakes.runner import HANG, alone
 
 PROMPT = tuple(range(20, 60))
@@ -161,6 +162,7 @@ PARENT = """
 import asyncio, sys
 from services.inference.engine.host import ProcessHost
 from services.inference.engine.settings import EngineSettings
+from services.inference.engine.streams import STREAM_FRAMES
 
 async def main():
     host = ProcessHost(EngineSettings(), "tests.fakes.runner:build")
