@@ -31,10 +31,11 @@ OVERLAP = 8  # windows share one part in this many
 BASELINES = 1_024  # label sets whose bias is remembered
 SENTIMENT = ("positive", "neutral", "negative")
 HEAD_TOKENS, HEAD_CHARACTERS = 3, 24  # a start is judged by its first tokens
-HEAD_BEAM = 64  # different starts that are judged
-START_BEAM = 12  # and of these, followed to their end
+HEAD_BEAM = 32  # different starts that are judged
+START_BEAM = 8  # and of these, followed to their end
 SAME_HEAD = 2  # places followed for each
-SPAN_TOKENS = 32  # longest answer
+SPAN_TOKENS, SHORT_SPAN_TOKENS = 32, 10  # longest answer, and how far every start is followed
+HOPELESS_NATS = 6.0  # a span this far below the best so far has no more than 1/400 of its probability
 VECTOR_VALUES = 786_432  # texts × dimensions: the reply stays under 3 MiB
 
 T = TypeVar("T")
@@ -49,7 +50,6 @@ class Spending:
         self.left_s = left_s
         self._usage = usage
         self._number = itertools.count(1)
-        self._gate = asyncio.Semaphore(PARALLEL_CALLS)
 
     def id(self) -> str:
         """Of the next engine call."""
@@ -71,8 +71,10 @@ class Spending:
     async def each(self, work: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
         """Run all, a bounded number at a time; the first that fails ends the others."""
 
+        gate = asyncio.Semaphore(PARALLEL_CALLS)
+
         async def one(run: Callable[[], Awaitable[T]]) -> T:
-            async with self._gate:
+            async with gate:
                 return await run()
 
         running: list[asyncio.Task[T]] = []
@@ -228,8 +230,9 @@ class Encoder:
         key = hashlib.sha256(repr((spending.who.tenant, script, tuple(labels), instruction)).encode()).digest()
         known = self._baselines.get(key)
         if known is None:
-            rows = [(await self._label_scores(text, labels, wording, spending))[0] for text in tasks.NEUTRAL_TEXTS[script]]
-            known = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+            texts = tasks.NEUTRAL_TEXTS[script]
+            rows = await spending.each([partial(self._label_scores, text, labels, wording, spending) for text in texts])
+            known = [sum(column) / len(rows) for column in zip(*(scores for scores, _ in rows), strict=True)]
             self._baselines[key] = known
         self._baselines.move_to_end(key)
         while len(self._baselines) > BASELINES:
@@ -345,20 +348,29 @@ class Encoder:
             totals = {head: sum(one.logprobs) for head, one in zip(ranked, begun.continuations, strict=True)}
             ranked = sorted(ranked, key=lambda head: -totals[head])[:START_BEAM]
         chosen = sorted(one for head in ranked for one in heads[head][:SAME_HEAD])
-        pieces = await asyncio.to_thread(lambda: [tokenizer.pieces(blank + tails[one])[:SPAN_TOKENS] for one in chosen])
-        reply = await self._score(prefix, [[piece.id for piece in row] for row in pieces], spending, ends)
+        said = [blank + tails[one] for one in chosen]
+        pieces = await asyncio.to_thread(lambda: [tokenizer.pieces(tail)[:SPAN_TOKENS] for tail in said])
         borders = spans.word_ends(text)
-        found = []
-        for one, row, continuation in zip(chosen, pieces, reply.continuations, strict=True):
-            said = (blank + tails[one]).encode()
-            total = 0.0
-            for step, (piece, logprob) in enumerate(zip(row, continuation.logprobs, strict=True), 1):
-                total += logprob
-                end = starts[one] + len(said[: piece.end_byte].decode()) - len(blank)
-                if end in borders and (step == len(row) or row[step].start_byte == piece.end_byte):
-                    log_odds = total + spans.logsumexp(continuation.probes[step]) - none_score
-                    found.append(spans.Scored(place, starts[one], end, log_odds))
-        return found
+        found: dict[tuple[int, int], float] = {}
+        alive = list(range(len(chosen)))
+        # Most answers are short: the rest of a long one is scored only where it can still matter.
+        for reach in (SHORT_SPAN_TOKENS, SPAN_TOKENS):
+            reply = await self._score(prefix, [[piece.id for piece in pieces[one][:reach]] for one in alive], spending, ends)
+            totals_at: dict[int, float] = {}
+            for one, continuation in zip(alive, reply.continuations, strict=True):
+                total = 0.0
+                for step, (piece, logprob) in enumerate(zip(pieces[one][:reach], continuation.logprobs, strict=True), 1):
+                    total += logprob
+                    end = starts[chosen[one]] + len(said[one].encode()[: piece.end_byte].decode()) - len(blank)
+                    whole = step == len(pieces[one]) or pieces[one][step].start_byte == piece.end_byte  # no character is cut
+                    if end in borders and whole:
+                        found[starts[chosen[one]], end] = total + spans.logsumexp(continuation.probes[step]) - none_score
+                totals_at[one] = total - none_score
+            best = max(found.values(), default=-math.inf)
+            alive = [one for one in alive if len(pieces[one]) > reach and totals_at[one] > best - HOPELESS_NATS]
+            if not alive:
+                break
+        return [spans.Scored(place, start, end, log_odds) for (start, end), log_odds in found.items()]
 
 
 def _floats(raw: bytes) -> Sequence[float]:
