@@ -3,7 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from google.protobuf.descriptor import ServiceDescriptor
 
 from argosy.v1 import embedding_pb2, explanation_pb2, generation_pb2, language_pb2, model_pb2
-from services.chassis.errors import ScopeMissing
-from services.chassis.identity import Caller, CallerSigner
+from services.chassis.identity import CallerSigner
 from services.chassis.interceptors import Authenticate, Policy
 from services.chassis.server import Serving, public, serve
 from services.chassis.telemetry import Telemetry
-from services.gateway.access import MAX_STREAM_SECONDS, access_of
+from services.gateway.access import MAX_STREAM_SECONDS
+from services.gateway.authentication import authenticating, deadline_cap_s, permit
+from services.gateway.keys import PEPPER_BYTES
 from services.gateway.ledger import Ledger
 from services.gateway.replicas import Replicas
 from services.gateway.servicers.embedding import EmbeddingServicer
@@ -29,6 +30,8 @@ from services.gateway.servicers.model import ModelServicer
 from services.gateway.servicers.register import handlers
 from services.gateway.servicers.relay import Relay, Revocations
 from services.gateway.settings import GatewaySettings
+from services.gateway.sql_ledger import LedgerSettings, open_ledger
+from services.gateway.store import Store, StoreSettings, open_store
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +46,7 @@ class Running:
     serving: Serving
     replicas: Replicas
     relay: Relay
-
-
-def permit(path: str, caller: Caller) -> None:
-    """Raise ScopeMissing unless the caller's key has the scope the RPC asks for."""
-    access = access_of(path)
-    if access is not None and access.scope is not None and access.scope not in caller.scopes:
-        raise ScopeMissing(access.scope)
-
-
-def deadline_cap_s(path: str) -> float:
-    """Seconds: the deadline of a call without one, and the longest it may ask for."""
-    access = access_of(path)
-    return MAX_STREAM_SECONDS if access is None else access.cap_s
+    store: Store | None = None  # None: what it needs of one was passed in
 
 
 def signing_key(path: Path | None) -> Ed25519PrivateKey:
@@ -143,7 +134,49 @@ async def running(
 
 
 @asynccontextmanager
-async def gateway(settings: GatewaySettings, **wiring: Any) -> AsyncIterator[str]:
-    """The address of a running gateway; `wiring` as for `running`."""
-    async with running(settings, **wiring) as gate:
-        yield gate.address
+async def gateway(
+    settings: GatewaySettings,
+    *,
+    store: StoreSettings,
+    books: LedgerSettings,
+    telemetry: Telemetry | None = None,
+    signals: bool = False,
+    wait: bool = False,
+) -> AsyncIterator[Running]:
+    """`running`, with keys, books and administration in the database.
+
+    `wait`: only return once the schema is there. Raises ValueError for a pepper or a signing key that is none.
+    """
+    signer = CallerSigner(signing_key(settings.caller_signing_key), settings.caller_signing_kid)
+    async with (
+        open_store(store, pepper(settings.key_pepper), wait=wait) as state,
+        open_ledger(state, books) as ledger,
+        authenticating(state) as authentication,
+        running(
+            settings,
+            ledger=ledger,
+            authenticate=authentication,
+            signer=signer,
+            revocations=authentication,
+            administration=administration(state),
+            telemetry=telemetry,
+            signals=signals,
+        ) as gate,
+    ):
+        yield replace(gate, store=state)
+
+
+def pepper(hexadecimal: str) -> bytes:
+    """The 32 bytes behind 64 hex digits."""
+    try:
+        made = bytes.fromhex(hexadecimal)
+    except ValueError:
+        made = b""
+    if len(made) != PEPPER_BYTES:
+        raise ValueError(f"the pepper must be {2 * PEPPER_BYTES} hex digits")
+    return made
+
+
+def administration(store: Store) -> Sequence[Service]:
+    """argosy.admin.v1's services over the store."""
+    return ()

@@ -32,4 +32,4 @@ class GatewaySettings:
     inference_private_key: Path | None = None
     caller_signing_key: Path | None = None  # PEM, Ed25519; signs the caller for the replicas
     caller_signing_kid: str = "gateway"
-    metrics_address: str = "127.0.0.1:0"  # Prometheus; empty: none
+    key_pepper: str = field(default="", repr=False)  # 64 hex digits, secret: without it no stored key can be checked

@@ -58,7 +58,7 @@ def plan(
         model=request.model,
         served=served,
         caller=who,
-        request_id=request_id if request.request_id else "",
+        request_id=request_id,
         rank=Rank.BATCH if request.work_class == config_pb2.WORK_CLASS_BATCH else Rank.INTERACTIVE,
         input_tokens=min(served.context_tokens, tokens_of(request.ByteSize() if size is None else size) + TEMPLATE_TOKENS),
         output_tokens=outputs * min(served.context_tokens, asked or ceiling),

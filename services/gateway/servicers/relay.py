@@ -12,7 +12,7 @@ import logging
 import math
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -109,8 +109,8 @@ class Fleet(Protocol):
 class Revocations(Protocol):
     """Tells live calls that their key was revoked (A9)."""
 
-    def watch(self, key_id: str, cut: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
-        """Call `cut` once if the key is revoked while inside."""
+    def revoked(self, key_id: str) -> asyncio.Event:
+        """An event that is set when the key may no longer be used; to be held while the call lives."""
         ...
 
 
@@ -579,18 +579,22 @@ class Relay:
         context.set_trailing_metadata((*(context.trailing_metadata() or ()), (status.SERVED_BY_KEY, place.served_by)))
 
     @contextlib.contextmanager
-    def _cut_if_revoked(self, account: _Account, pump: _Pump) -> Any:
+    def _cut_if_revoked(self, account: _Account, pump: _Pump) -> Iterator[None]:
         if self._revocations is None:
             yield
             return
+        revoked, how_far = self._revocations.revoked(account.plan.caller.key_id), progress()
 
-        def cut() -> None:
+        async def cut() -> None:
+            await revoked.wait()
             account.close(Outcome.CANCELLED)
-            pump.fail(KeyRevoked(progress_of.last_sequence or 0))
+            pump.fail(KeyRevoked(how_far.last_sequence or 0))
 
-        progress_of = progress()
-        with self._revocations.watch(account.plan.caller.key_id, cut):
+        watching = asyncio.create_task(cut())
+        try:
             yield
+        finally:
+            watching.cancel()
 
 
 async def _reply(call: Any, finished: asyncio.Event) -> Any:
