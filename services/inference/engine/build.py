@@ -14,11 +14,13 @@ from services.inference.engine.backend import Backend
 from services.inference.engine.calls import Hello, Sampling
 from services.inference.engine.eager import EagerBackend
 from services.inference.engine.kernels import Unsupported
-from services.inference.engine.runner import TorchRunner
+from services.inference.engine.runner import TorchRunner, pack
 from services.inference.engine.settings import EngineSettings
-from services.inference.engine.step import BLOCK_SIZE
+from services.inference.engine.step import BLOCK_SIZE, Row
 
 log = logging.getLogger(__name__)
+
+AGREEMENT = 0.99  # cosine of two hidden states in bfloat16; a mask that is one off gives less
 
 
 def build(settings: EngineSettings, progress: weights.Progress | None = None) -> tuple[TorchRunner, Hello]:
@@ -34,7 +36,8 @@ def build(settings: EngineSettings, progress: weights.Progress | None = None) ->
     loaded = time.monotonic()
     runner = TorchRunner(backend)
     runner.warm_up(settings.step_tokens(device.type))
-    if isinstance(backend, EagerBackend):
+    if isinstance(backend, EagerBackend) and device.type == "cuda" and backend.dtype != torch.float32:
+        settle_attention(backend)
         backend.capture(settings.max_sequences)
     log.info(
         "engine ready",
@@ -46,6 +49,27 @@ def build(settings: EngineSettings, progress: weights.Progress | None = None) ->
         },
     )
     return runner, _hello(settings, directory, digest, runner)
+
+
+def settle_attention(backend: EagerBackend) -> None:
+    """Attend with varlen_attn if it says what the gathered form says: chunks over older blocks, decodes beside them, pages out of order."""
+    texts, tables = [[3 + n % 7 for n in range(60)], [5 + n % 5 for n in range(40)]], [[2, 0, 5, 3], [4, 1, 6]]
+    answers: dict[bool, list[torch.Tensor]] = {}
+    for varlen in (False, True):
+        backend.varlen = varlen
+        try:
+            answers[varlen] = []
+            for cuts in (((0, 24), (0, 39)), ((24, 59), (39, 40)), ((59, 60), (39, 40))):
+                rows = [Row(k, texts[k][begin:end], begin, tables[k], pool=True) for k, (begin, end) in enumerate(cuts)]
+                answers[varlen].append(backend.forward(pack(rows, backend.device)[0]).float())
+        except (RuntimeError, ImportError, TypeError) as error:
+            log.warning("varlen_attn cannot read these pages, attention is gathered: %s", error)
+            backend.varlen = False
+            return
+    backend.varlen = all(
+        bool((torch.cosine_similarity(a, b) > AGREEMENT).all()) for a, b in zip(answers[False], answers[True], strict=True)
+    )
+    log.info("varlen_attn %s", "is used" if backend.varlen else "disagrees with the gathered form, which is used")
 
 
 def _device(settings: EngineSettings) -> torch.device:

@@ -3,10 +3,13 @@
 The model's own code runs; only its attention is ours, registered with transformers under `ATTENTION`. All tokens of a step are one row
 [1, T] without padding. The step's plan travels to the attention in the forward's keyword arguments, never in a module global.
 
-On a CPU, decoding sequences of similar length attend together, each slot gathered from its own sequence only, so that a neighbour's
-NaN cannot reach it, and prefill chunks attend one by one. On CUDA, `varlen_attn` reads the block tables itself and decode steps replay
-a captured graph per batch bucket. The CUDA paths are written from torch's documentation and HAVE NOT RUN ON A GPU YET: run
-tests/inference/engine/test_golden.py with ARGOSY_TEST_DEVICE=cuda before trusting them.
+Decoding sequences of similar length attend together, each slot gathered from its own sequence only, so that a neighbour's NaN cannot
+reach it, and prefill chunks attend one by one. On CUDA, where torch's `varlen_attn` reads block tables of 16 tokens (`build` compares it
+with the gathered form at load: some builds want another kernel package, some pages of 256), it replaces both, and decode steps replay a
+captured graph per batch bucket.
+
+THE CUDA PATHS HAVE NOT RUN ON A GPU YET. First run tests/inference/engine/test_golden.py with ARGOSY_TEST_DEVICE=cuda (float32, gathered),
+then the same model in bfloat16 and look for "varlen_attn" in the log.
 """
 
 import bisect
@@ -70,7 +73,7 @@ class Plan:
         self.size = slots
         self.dtype = dtype
         self.windows: dict[int | None, tuple[list[_Group], list[_Chunk]]] = {}
-        self.longest = (0, 0)  # most queries and most keys of a sequence; CUDA only
+        self.longest: tuple[int, int] | None = None  # most queries and most keys of a sequence; None: attend by gathering
         self.rows: list[int] = []
         self.lengths: list[int] = []
 
@@ -158,8 +161,8 @@ def attend(
     keys.index_copy_(0, paged.batch.slots, key[0].transpose(0, 1))
     values.index_copy_(0, paged.batch.slots, value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda and softcap is None and query.dtype != torch.float32:
-        return _attend_varlen(query, keys, values, paged, scale, sliding_window), None
+    if paged.longest is not None and softcap is None:
+        return _attend_varlen(query, keys, values, paged, paged.longest, scale, sliding_window), None
     groups, chunks = paged.window(sliding_window)
     heads, kv_heads = query.shape[1], key.shape[1]
     out = query.new_empty((query.shape[2], heads, value.shape[-1]))
@@ -203,7 +206,13 @@ def _weigh(
 
 
 def _attend_varlen(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, paged: Plan, scale: float, window: int | None
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    paged: Plan,
+    longest: tuple[int, int],
+    scale: float,
+    window: int | None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -214,7 +223,7 @@ def _attend_varlen(
         *pages,
         batch.rows,
         None,
-        *paged.longest,
+        *longest,
         scale=scale,
         window_size=(window - 1 if window else -1, 0),
         enable_gqa=query.shape[1] != keys.shape[1],
@@ -293,6 +302,8 @@ class EagerBackend:
         self.blocks = 1
         self.graphs: dict[int, _Graph] = {}
         self.context = _context(config)
+        self.softcapped = getattr(config, "attn_logit_softcapping", None) is not None
+        self.varlen = False  # attend with varlen_attn; `build` turns it on where it agrees with the gathered form
         with _device_errors(device):
             self._probe(int(config.num_hidden_layers))
         self._allocate(kv_tokens)
@@ -312,8 +323,8 @@ class EagerBackend:
                 at = bisect.bisect_left(sizes, count)
                 if at < len(sizes):
                     return self.graphs[sizes[at]].replay(batch)
-            longest = (0, 0)
-            if self.device.type == "cuda":
+            longest = None
+            if self.varlen:
                 longest = int((batch.rows[1:] - batch.rows[:-1]).max()), int(batch.lengths.max())
             return self._trunk_states(batch, longest).index_select(0, batch.select)
 
@@ -328,13 +339,13 @@ class EagerBackend:
         return None
 
     def capture(self, largest: int) -> None:
-        """Capture decode steps for the batch buckets up to `largest`. CUDA only; a CPU has nothing to capture."""
-        if self.device.type == "cuda":
+        """Capture decode steps for the batch buckets up to `largest`. Needs varlen_attn: gathering reads lengths on the host."""
+        if self.varlen and not self.softcapped:
             for size in GRAPH_BATCHES:
                 if size <= largest:
                     self.graphs[size] = _Graph(self, size)
 
-    def _trunk_states(self, batch: Batch, longest: tuple[int, int]) -> torch.Tensor:
+    def _trunk_states(self, batch: Batch, longest: tuple[int, int] | None) -> torch.Tensor:
         plan = Plan(batch, self.pools, (self.blocks + 1) * BLOCK_SIZE, self.dtype)
         plan.longest = longest
         answer = self.trunk(input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, paged=plan)
@@ -352,7 +363,7 @@ class EagerBackend:
             select=torch.arange(2, device=self.device),
         )
         with torch.inference_mode():
-            self._trunk_states(batch, (2, 2))
+            self._trunk_states(batch, None)
         if len(self.pools) != layers:
             raise Unsupported(f"only {len(self.pools)} of its {layers} layers keep keys and values")
 

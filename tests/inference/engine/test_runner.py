@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from services.inference.engine.backend import Batch
+from services.inference.engine.build import settle_attention
 from services.inference.engine.calls import Sampling
 from services.inference.engine.eager import EagerBackend
 from services.inference.engine.kernels import Unsupported
@@ -282,3 +283,39 @@ def test_a_rotary_embedding_that_depends_on_neighbours_bounds_the_context(tmp_pa
 
 def test_vocabulary_is_the_models(runner: TorchRunner) -> None:
     assert (runner.vocabulary, runner.blocks) == (VOCABULARY, 128)
+
+
+@pytest.mark.parametrize("fault", [None, "window", "old blocks"])
+def test_varlen_attention_is_used_only_where_it_agrees(directory: Path, monkeypatch: pytest.MonkeyPatch, fault: str | None) -> None:
+    """A varlen_attn of our own, right or wrong, in the place of torch's, which a CPU lacks."""
+    from torch.nn.attention import varlen
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, *rest: Any, **how: Any) -> torch.Tensor:
+        assert how["block_table"].dtype == how["seqused_k"].dtype == cu_seq_q.dtype == torch.int32 and rest[0] is None
+        assert (rest[1], rest[2]) == (int((cu_seq_q[1:] - cu_seq_q[:-1]).max()), int(how["seqused_k"].max()))
+        out = []
+        for b, length in enumerate(how["seqused_k"].tolist()):
+            q = query[cu_seq_q[b] : cu_seq_q[b + 1]]
+            k, v = (pages[how["block_table"][b].long()].flatten(0, 1)[:length] for pages in (key, value))
+            at = torch.arange(length - len(q), length)[:, None] - torch.arange(length)
+            left = how["window_size"][0] + (fault == "window")
+            hidden = (at < 0) | ((at > left) if how["window_size"][0] >= 0 else (at < 0))
+            if fault == "old blocks":
+                hidden |= torch.arange(length) < length - len(q)
+                hidden &= at != 0
+            scores = torch.einsum("qhd,kgd->hqk", q, k) * how["scale"]  # one key head
+            out.append(torch.einsum("hqk,kgd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), v))
+        return torch.cat(out)
+
+    monkeypatch.setattr(varlen, "varlen_attn", attend)
+    backend = tiny.runner(directory).backend
+    assert isinstance(backend, EagerBackend)
+    settle_attention(backend)
+    assert backend.varlen is (fault is None)
+
+
+def test_varlen_attention_that_raises_is_not_used(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backend = tiny.runner(directory).backend
+    assert isinstance(backend, EagerBackend)
+    settle_attention(backend)  # on a CPU torch's own raises
+    assert backend.varlen is False and "attention is gathered" in caplog.text
