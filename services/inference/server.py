@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -23,7 +24,7 @@ from services.inference.settings import InferenceSettings
 from services.inference.templates import ChatTemplate, load_template
 from services.inference.tokenizer import Tokenizer
 
-__all__ = ["AUDIENCE", "Vocabulary", "inference", "replica"]
+__all__ = ["AUDIENCE", "Replica", "Vocabulary", "inference", "replica"]
 
 AUDIENCE = "argosy.inference"  # what the gateway signs callers for
 SERVICE = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
@@ -34,6 +35,14 @@ LONG = ("Generate", "Encode", "WatchLoad")
 log = logging.getLogger(__name__)
 
 Vocabulary = tuple[Tokenizer, ChatTemplate]
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A running replica: its server, and the task that follows its engine, which fails where it cannot serve."""
+
+    serving: Serving
+    following: "asyncio.Task[None]"
 
 
 @asynccontextmanager
@@ -51,8 +60,8 @@ async def inference(
     `host` defaults to an engine process. `vocabulary` takes the place of the tokenizer and template in the model's directory. `progress`
     is called from a thread while weights are prepared. Leaving the block drains.
     """
-    async with replica(settings, host, verifier=verifier, vocabulary=vocabulary, progress=progress, telemetry=telemetry) as serving:
-        yield serving.address
+    async with replica(settings, host, verifier=verifier, vocabulary=vocabulary, progress=progress, telemetry=telemetry) as running:
+        yield running.serving.address
 
 
 @asynccontextmanager
@@ -65,8 +74,8 @@ async def replica(
     progress: weights.Progress | None = None,
     telemetry: Telemetry | None = None,
     signals: bool = False,
-) -> AsyncIterator[Serving]:
-    """`inference`, yielding the server itself: for a process that waits for its signals."""
+) -> AsyncIterator[Replica]:
+    """`inference`, yielding its parts: for a process that waits for its signals."""
     engine = host or ProcessHost(settings.engine())
     pace = Pace(settings.heartbeat_seconds, settings.write_stall_seconds)
     draining: list[Serving] = []
@@ -87,7 +96,7 @@ async def replica(
         follower = asyncio.create_task(_follow(settings, engine, servicer, serving, vocabulary, progress), name="engine follower")
         follower.add_done_callback(_report)
         try:
-            yield serving
+            yield Replica(serving, follower)
         finally:
             await serving.drain(announce_s=0, grace_s=settings.listener.grace_seconds if signals else 0)
             follower.cancel()
