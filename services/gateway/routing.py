@@ -252,15 +252,15 @@ def choose(
 
 @dataclass(slots=True)
 class RetryBudget:
-    """Retries at most `ratio` of first attempts, plus a small float so that a quiet gateway may retry at all (R8)."""
+    """Retries at most `ratio` of first attempts, and no more than `most` at once: enough to pass over a replica until it is ejected (R8)."""
 
     ratio: float = 0.1
-    float_: float = 3.0
-    _tokens: float = 3.0
+    most: float = 2.0 * CONSECUTIVE_FAILURES
+    _tokens: float = 2.0 * CONSECUTIVE_FAILURES
 
     def attempted(self) -> None:
         """A first attempt was made."""
-        self._tokens = min(self.float_, self._tokens + self.ratio)
+        self._tokens = min(self.most, self._tokens + self.ratio)
 
     def take(self) -> bool:
         """True if one retry may be made now."""
