@@ -252,7 +252,7 @@ def choose(
 
 @dataclass(slots=True)
 class RetryBudget:
-    """Retries at most `ratio` of first attempts, and no more than `most` at once: enough to pass over a replica until it is ejected (R8)."""
+    """Retries at most `ratio` of first attempts, `most` of them at once: enough to pass over a replica until it is ejected (R8)."""
 
     ratio: float = 0.1
     most: float = 2.0 * CONSECUTIVE_FAILURES

@@ -1,5 +1,7 @@
 """A real gateway server over fake engines: real sockets on both sides, a ledger in memory, and the bearer token as the caller's name."""
 
+import argparse
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -74,6 +76,7 @@ async def edge(
     reachable: int | None = None,
     listener: Listener | None = None,
     revocations: Any = None,
+    signals: bool = False,
     **placing: Any,
 ) -> AsyncIterator[Edge]:
     """A running gateway; entered once `reachable` replicas (default: one for each engine) have reported."""
@@ -91,7 +94,14 @@ async def edge(
         inference_addresses=(*(engine.address for engine in engines), *addresses),
         placing=Placing(**placing),
     )
-    async with running(settings, ledger=books, authenticate=authenticate, signer=CallerSigner(KEY, "k"), revocations=revocations) as gate:
+    async with running(
+        settings,
+        ledger=books,
+        authenticate=authenticate,
+        signer=CallerSigner(KEY, "k"),
+        revocations=revocations,
+        signals=signals,
+    ) as gate:
         await gate.replicas.until(len(engines) if reachable is None else reachable)
         async with grpc.aio.insecure_channel(gate.address, options=[*ENGINE.items()]) as channel:
             yield Edge(gate, books, channel, known)
@@ -112,3 +122,19 @@ async def events_of(call: Any) -> list[stream_pb2.GenerationEvent]:
 def text_of(events: list[stream_pb2.GenerationEvent]) -> str:
     """The text of output 0."""
     return "".join(event.text.text for event in events if event.WhichOneof("event") == "text" and event.text.index == 0)
+
+
+async def _main() -> None:
+    """A gateway process before the engines named on the command line; prints its address and drains on SIGTERM."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("engines", nargs="+")
+    parser.add_argument("--grace", type=float, default=4.0)
+    asked = parser.parse_args()
+    listener = Listener(announce_seconds=0.1, grace_seconds=asked.grace)
+    async with edge(addresses=tuple(asked.engines), reachable=len(asked.engines), listener=listener, signals=True) as at:
+        print(at.gate.address, flush=True)
+        await at.gate.serving.stopped()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())

@@ -5,7 +5,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 import grpc
 import pytest
@@ -17,7 +17,7 @@ from services.gateway.ledger import Outcome, Settlement
 from services.gateway.routing import Standing
 from tests.fakes.edge import Edge, chat, edge, events_of, metadata, text_of
 from tests.fakes.engine import fake_engine
-from tests.faults.proxy import fault_proxy
+from tests.faults.proxy import Proxy, fault_proxy
 
 
 async def settled(at: Edge, count: int, timeout_s: float = 20.0) -> list[Settlement]:
@@ -188,35 +188,37 @@ async def test_F7_an_erring_pod_is_ejected_and_comes_back() -> None:
         assert bad.totals["calls"] == 1 and link.replica.standing is Standing.RAMPING
 
 
+def edge_of(proxy: Proxy) -> AbstractAsyncContextManager[Edge]:
+    """A gateway that sees its one replica through `proxy`."""
+    return edge(addresses=(proxy.address,), reachable=1)
+
+
 async def test_F12_a_partition_between_gateway_and_pod_is_noticed_and_heals() -> None:
-    async with fake_engine(["x"] * 3) as engine, fault_proxy(engine.address) as proxy:
-        async with edge(addresses=(proxy.address,), reachable=1) as at:
-            proxy.refusing = True
-            proxy.reset()
-            await at.replicas.until(0)
-            began = asyncio.get_running_loop().time()
-            assert reason(await failure(at.generation.Chat(chat(), metadata=metadata(), timeout=10))) == "NOT_STARTED"
-            assert asyncio.get_running_loop().time() - began < 5
-            proxy.heal()
-            await at.replicas.until(1)
-            assert text_of(await events_of(at.generation.StreamChat(chat(), metadata=metadata(), timeout=10))) == "xxx"
+    async with fake_engine(["x"] * 3) as engine, fault_proxy(engine.address) as proxy, edge_of(proxy) as at:
+        proxy.refusing = True
+        proxy.reset()
+        await at.replicas.until(0)
+        began = asyncio.get_running_loop().time()
+        assert reason(await failure(at.generation.Chat(chat(), metadata=metadata(), timeout=10))) == "NOT_STARTED"
+        assert asyncio.get_running_loop().time() - began < 5
+        proxy.heal()
+        await at.replicas.until(1)
+        assert text_of(await events_of(at.generation.StreamChat(chat(), metadata=metadata(), timeout=10))) == "xxx"
 
 
 async def test_F14_a_reset_at_any_byte_has_a_clean_code() -> None:
-    async with fake_engine(["x"] * 5) as engine, fault_proxy(engine.address) as proxy:
-        async with edge(addresses=(proxy.address,), reachable=1) as at:
-            codes: Counter[str] = Counter()
-            for offset in range(0, 2_000, 100):
-                await at.replicas.until(1)
-                proxy.down.reset_at = proxy_seen = offset
-                try:
-                    await events_of(at.generation.StreamChat(chat(), metadata=metadata(), timeout=10))
-                    codes["OK"] += 1
-                except grpc.aio.AioRpcError as error:
-                    codes[reason(error)] += 1
-                proxy.down.reset_at = None
-                assert proxy_seen == offset
-            assert set(codes) <= {"OK", "NOT_STARTED", "STREAM_LOST"}, codes
+    async with fake_engine(["x"] * 5) as engine, fault_proxy(engine.address) as proxy, edge_of(proxy) as at:
+        codes: Counter[str] = Counter()
+        for offset in range(0, 2_000, 100):
+            await at.replicas.until(1)
+            proxy.down.reset_at = offset
+            try:
+                await events_of(at.generation.StreamChat(chat(), metadata=metadata(), timeout=10))
+                codes["OK"] += 1
+            except grpc.aio.AioRpcError as error:
+                codes[reason(error)] += 1
+            proxy.down.reset_at = None
+        assert set(codes) <= {"OK", "NOT_STARTED", "STREAM_LOST"}, codes
 
 
 async def test_I4_the_ledger_is_the_engines_count_over_mixed_endings() -> None:
