@@ -119,6 +119,7 @@ class Serving:
     _drain: "asyncio.Task[None] | None" = None
     _ready: bool = False
     _lagging: bool = False
+    _loaded: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def is_ready(self) -> bool:
@@ -130,6 +131,11 @@ class Serving:
         self._ready = True
         await self._set("startup", SERVING)
         await self._show()
+        self._loaded.set()
+
+    async def until_ready(self) -> None:
+        """Wait for the first `ready()`."""
+        await self._loaded.wait()
 
     async def unready(self) -> None:
         """Alive but not to be asked, as without a usable replica; `ready()` ends it."""
@@ -147,7 +153,8 @@ class Serving:
             await self._set(name, SERVING if self.is_ready else NOT_SERVING)
 
     async def _set(self, name: str, state: Any) -> None:
-        await asyncio.wait_for(self._health.set(name, state), 1)
+        async with asyncio.timeout(1):  # not wait_for(): on 3.11 it can swallow a cancellation
+            await self._health.set(name, state)
 
     async def drain(self, announce_s: float | None = None, grace_s: float | None = None) -> None:
         """Say so, refuse new calls, let the others finish, cut what is left. Repeatable: all callers wait for the one drain."""
@@ -185,7 +192,8 @@ class Serving:
 
     async def _unless_hurried(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._hurry.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._hurry.wait()
 
     async def stopped(self) -> None:
         """Wait until a drain has ended, whoever asks for it."""

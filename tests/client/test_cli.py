@@ -17,7 +17,7 @@ runner = CliRunner()
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    for name in ("ARGOSY_ADDRESS", "ARGOSY_API_KEY", "ARGOSY_MODEL", "ARGOSY_CA"):
+    for name in ("ARGOSY_ADDRESS", "ARGOSY_API_KEY", "ARGOSY_DEFAULT_MODEL", "ARGOSY_CA"):
         monkeypatch.delenv(name, raising=False)
 
 

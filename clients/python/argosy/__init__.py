@@ -9,10 +9,31 @@
 `argosy.errors`.
 """
 
-from argosy.aio import AsyncClient, AsyncGenerationStream
-from argosy.channel import Target
-from argosy.client import Client, GenerationStream
-from argosy.errors import ArgosyError
-from argosy.requests import config
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from argosy.aio import AsyncClient, AsyncGenerationStream
+    from argosy.channel import Target
+    from argosy.client import Client, GenerationStream
+    from argosy.errors import ArgosyError
+    from argosy.requests import config
 
 __all__ = ["ArgosyError", "AsyncClient", "AsyncGenerationStream", "Client", "GenerationStream", "Target", "config"]
+
+_HOMES = {
+    "ArgosyError": "errors",
+    "AsyncClient": "aio",
+    "AsyncGenerationStream": "aio",
+    "Client": "client",
+    "GenerationStream": "client",
+    "Target": "channel",
+    "config": "requests",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: a server that needs only the stubs in `argosy.v1` loads no client."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'argosy' has no attribute {name!r}")
+    return getattr(import_module(f"argosy.{_HOMES[name]}"), name)

@@ -67,7 +67,7 @@ def options(
     address: Annotated[str | None, typer.Option(envvar="ARGOSY_ADDRESS", help="host:port of the gateway")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="ARGOSY_API_KEY", help="an API key", show_envvar=True)] = None,
     ca: Annotated[Path | None, typer.Option(envvar="ARGOSY_CA", help="PEM file of the authority that signed the gateway")] = None,
-    model: Annotated[str, typer.Option("--model", "-m", envvar="ARGOSY_MODEL", help="a model; default: the first one served")] = "",
+    model: Annotated[str, typer.Option("--model", "-m", envvar="ARGOSY_DEFAULT_MODEL", help="a model; default: the first one served")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line, nothing else")] = False,
 ) -> None:
     """Options of every command."""
