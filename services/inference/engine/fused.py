@@ -157,9 +157,9 @@ def _rope_parameters(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def frequencies(parameters: dict[str, Any], head_dim: int) -> torch.Tensor:
     """Inverse frequencies, float32 [head_dim / 2]."""
-    inverse: torch.Tensor = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    inverse = 1.0 / (float(parameters["rope_theta"]) ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     if parameters["rope_type"] == "linear":
-        return inverse / parameters["factor"]
+        return inverse / float(parameters["factor"])
     if parameters["rope_type"] == "llama3":
         factor, low, high = parameters["factor"], parameters["low_freq_factor"], parameters["high_freq_factor"]
         original = parameters["original_max_position_embeddings"]
@@ -347,7 +347,6 @@ class FusedBackend:
         p = self.plan
         embedding = self._copied(read("model.embed_tokens.weight"))
         head = embedding if p.tied else self._copied(read("lm_head.weight"))
-        self.head = self.kept[-1].view(p.vocabulary, p.hidden)
         return layout.Model(
             hidden=p.hidden,
             heads=p.heads,
@@ -376,39 +375,15 @@ class FusedBackend:
     def _screen(self) -> layout.Screen:
         p = self.plan
         rows = -(-p.vocabulary // GROUP) * GROUP
-        column = self._columns()
         screen = layout.Screen(
             packed=self._keep(self.arena.zeros(rows * p.hidden, torch.int8)),
             offset=self._keep(self.arena.zeros(rows, torch.int32)),
-            column=self._keep(column),
             **{name: self._keep(self.arena.zeros(rows, torch.float32)) for name in ("scale", "rest", "norm")},
         )
-        fields = (screen.column, screen.packed, screen.offset, screen.scale, screen.rest, screen.norm)
+        fields = (screen.packed, screen.offset, screen.scale, screen.rest, screen.norm)
         if self.library.argosy_quantise(self.engine, self.model, *fields):
             raise MemoryError("no room to quantise the output matrix")
         return screen
-
-    def _columns(self) -> torch.Tensor:
-        """What each column's activations are divided by and its weights multiplied by: it evens both out. float32 [hidden]
-
-        Measured on a few arbitrary tokens. A poor measure costs speed, never exactness: the bounds are computed from what results.
-        """
-        count = min(96, self.context, self.blocks * BLOCK_SIZE)
-        at = torch.arange(count)
-        batch = Batch(
-            tokens=at * 7919 % self.vocabulary,
-            positions=at,
-            rows=torch.tensor([0, count], dtype=torch.int32),
-            lengths=torch.tensor([count], dtype=torch.int32),
-            tables=torch.arange(-(-count // BLOCK_SIZE), dtype=torch.int32)[None],
-            slots=at,
-            select=at,
-        )
-        activations = self.forward(batch).square().mean(0).sqrt()
-        rows = self.head[:: max(1, self.vocabulary // 4096)].float().square().mean(0).sqrt()
-        column = torch.nan_to_num(activations / rows.clamp_min(1e-30)).clamp_min(1e-30).sqrt()
-        middle = column.median()
-        return column.clamp(middle / 64, middle * 64).contiguous()
 
     def _extend_ropes(self, positions: int) -> None:
         """Tables for at least `positions`, doubled so that a growing sequence seldom pays for it."""

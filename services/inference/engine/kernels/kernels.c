@@ -6,7 +6,9 @@
 
 #include <string.h>
 
-enum { TILE_ROWS = 6, MAX_HEAD = 512, SPAN_ROWS = 64, SHORTLIST = 8192 };
+enum { TILE_ROWS = 6, MAX_HEAD = 512, SPAN_ROWS = 64, SHORTLIST = 32768 };
+
+#define SPREAD 3.0f /* times its root mean square: where an activation starts to need a second byte */
 
 /* neighbouring queries of one sequence */
 typedef struct {
@@ -131,7 +133,6 @@ typedef struct {
     int8_t *packed;
     int32_t *offset;
     float *scale, *rest, *norm;
-    const float *column;
     float *rows; /* [worker][hidden] */
 } Quantising;
 
@@ -145,7 +146,6 @@ static void quantise_group(void *with, long group, int worker) {
         for (long i = 0; i < n; i += 16) {
             __m512 v = p->model->wide ? get16_float((const float *)p->model->head + (size_t)id * n + i)
                                       : get16_bfloat((const uint16_t *)p->model->head + (size_t)id * n + i);
-            v = _mm512_mul_ps(v, _mm512_loadu_ps(p->column + i));
             _mm512_storeu_ps(row + i, v);
             high = _mm512_max_ps(high, _mm512_abs_ps(v));
             squares = _mm512_fmadd_ps(v, v, squares);
@@ -171,38 +171,51 @@ static void quantise_group(void *with, long group, int worker) {
 }
 
 /* Fill the int8 form of the output matrix. 0, or -1 when memory is short. `packed` and the vectors are padded to 64 rows and zeroed. */
-int64_t argosy_quantise(Engine *engine, const Model *m, const float *column, int8_t *packed, int32_t *offset, float *scale, float *rest,
-                        float *norm) {
-    Quantising p = {m, packed, offset, scale, rest, norm, column, malloc((size_t)engine->crew->threads * m->hidden * sizeof(float))};
+int64_t argosy_quantise(Engine *engine, const Model *m, int8_t *packed, int32_t *offset, float *scale, float *rest, float *norm) {
+    Quantising p = {m, packed, offset, scale, rest, norm, malloc((size_t)engine->crew->threads * m->hidden * sizeof(float))};
     if (!p.rows) return -1;
     share(engine->crew, (m->vocabulary + GROUP - 1) / GROUP, quantise_group, &p);
     free(p.rows);
     return 0;
 }
 
-/* One row of activations to u * (p - 128); returns |u p| / u and |f| / u. */
-static void quantise_activation(const Model *m, const void *from, const float *column, float *room, uint8_t *to, float *length, float *rest) {
+/* One row of activations to u * (256 high + low); returns |u p| / u and |f| / u. */
+static void quantise_activation(const Model *m, const void *from, float *room, uint8_t *low, int8_t *high, float *length, float *rest) {
     const long n = m->hidden;
-    __m512 high = _mm512_setzero_ps(), squares = high, lengths = high, rests = high;
+    __m512 squares = _mm512_setzero_ps(), lengths = squares, rests = squares;
     for (long i = 0; i < n; i += 16) {
         __m512 v = m->wide ? get16_float((const float *)from + i) : get16_bfloat((const uint16_t *)from + i);
-        v = _mm512_div_ps(v, _mm512_loadu_ps(column + i));
         _mm512_storeu_ps(room + i, v);
-        high = _mm512_max_ps(high, _mm512_abs_ps(v));
         squares = _mm512_fmadd_ps(v, v, squares);
     }
-    const float unit = _mm512_reduce_max_ps(high) / 127, inverse = unit > 0 ? 1 / unit : 0;
+    const float size = sqrtf(sum16(squares)), unit = size / sqrtf((float)n) * (SPREAD / 127), inverse = unit > 0 ? 1 / unit : 0;
     for (long i = 0; i < n; i += 16) {
         __m512 v = _mm512_mul_ps(_mm512_loadu_ps(room + i), _mm512_set1_ps(inverse));
-        __m512i q = _mm512_cvtps_epi32(v);
-        __m512 back = _mm512_cvtepi32_ps(q), f = _mm512_sub_ps(v, back);
+        __m512i p = _mm512_cvtps_epi32(v);
+        __m512i h = _mm512_srai_epi32(_mm512_add_epi32(p, _mm512_set1_epi32(128)), 8), l = _mm512_sub_epi32(p, _mm512_slli_epi32(h, 8));
+        __m512 back = _mm512_cvtepi32_ps(p), f = _mm512_sub_ps(v, back);
         lengths = _mm512_fmadd_ps(back, back, lengths);
         rests = _mm512_fmadd_ps(f, f, rests);
-        _mm_storeu_si128((__m128i *)(to + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(q, _mm512_set1_epi32(128))));
+        _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(l, _mm512_set1_epi32(128))));
+        _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtsepi32_epi8(h));
     }
     /* The last term covers the float32 rounding of the exact logit: at most n * 2^-24 * |w| |x|, and as much again for this sum's own. */
     *length = sqrtf(sum16(lengths)) * 1.0001f;
-    *rest = sqrtf(sum16(rests)) * 1.0001f + 2 * (float)n * 0x1p-24f * sqrtf(sum16(squares)) * inverse;
+    *rest = sqrtf(sum16(rests)) * 1.0001f + 2 * (float)n * 0x1p-24f * size * inverse;
+}
+
+static long collect_outliers(const int8_t *high, long n, Outlier *to) {
+    long found = 0;
+    for (long step = 0; step < n / 4; step++)
+        for (int negative = 0; negative < 2; negative++) {
+            uint32_t sizes = 0;
+            for (int i = 0; i < 4; i++) {
+                const int value = negative ? -high[step * 4 + i] : high[step * 4 + i];
+                if (value > 0) sizes |= (uint32_t)value << (8 * i);
+            }
+            if (sizes) to[found++] = (Outlier){(int32_t)step, negative, sizes};
+        }
+    return found;
 }
 
 /* The `count` largest logits of each row, exact, best first, ties to the lower id. 0; -1 when memory is short; -2 without AVX512-VNNI. */
@@ -215,18 +228,27 @@ int64_t argosy_candidates(Engine *engine, const Model *m, const Screen *screen, 
     const long n = m->hidden, workers = engine->crew->threads, room = SHORTLIST + 4 * count;
     const size_t lists = (size_t)(workers * rows) * sizeof(Shortlist), heaps = (size_t)(workers * rows * count) * sizeof(float);
     const size_t entries = (size_t)(workers * rows * room) * sizeof(Candidate);
-    if (reserve(engine, lists + heaps + entries + (size_t)rows * (n + 8) + (size_t)n * 4 + 8 * 64)) return -1;
+    const size_t per_row = (size_t)(n + n / 2 * (long)sizeof(Outlier) + 2 * 4 + 8);
+    if (reserve(engine, lists + heaps + entries + (size_t)rows * per_row + (size_t)n * 5 + 16 * 64)) return -1;
     char *at = engine->room;
     Shortlist *list = take_room(&at, lists);
     float *heap = take_room(&at, heaps);
     Candidate *entry = take_room(&at, entries);
-    uint8_t *activation = take_room(&at, (size_t)(rows * n));
-    float *length = take_room(&at, (size_t)rows * 4), *rest = take_room(&at, (size_t)rows * 4), *row_room = take_room(&at, (size_t)n * 4);
+    uint8_t *low = take_room(&at, (size_t)(rows * n));
+    int8_t *high = take_room(&at, (size_t)n);
+    Outlier *outliers = take_room(&at, (size_t)(rows * n / 2) * sizeof *outliers);
+    long *first = take_room(&at, (size_t)(rows + 1) * sizeof *first);
+    float *length = take_room(&at, (size_t)rows * 4), *rest = take_room(&at, (size_t)rows * 4), *room_row = take_room(&at, (size_t)n * 4);
     for (long i = 0; i < workers * rows; i++) list[i] = (Shortlist){.best = heap + i * count, .list = entry + i * room};
     const size_t element = m->wide ? 4 : 2;
-    for (long row = 0; row < rows; row++)
-        quantise_activation(m, (const char *)from + (size_t)(row * n) * element, screen->column, row_room, activation + row * n, length + row, rest + row);
-    Search search = {screen, m, activation, length, rest, from, rows, count, room, cap, list, (int)workers, logits, ids, examined};
+    long found = 0;
+    for (long row = 0; row < rows; row++) {
+        quantise_activation(m, (const char *)from + (size_t)(row * n) * element, room_row, low + row * n, high, length + row, rest + row);
+        first[row] = found;
+        found += collect_outliers(high, n, outliers + found);
+    }
+    first[rows] = found;
+    Search search = {screen, m, low, outliers, first, length, rest, from, rows, count, room, cap, list, (int)workers, logits, ids, examined};
     share(engine->crew, (m->vocabulary + GROUP - 1) / GROUP, screen_group, &search);
     share(engine->crew, rows, decide, &search);
     return 0;

@@ -45,7 +45,7 @@ class Step(Structure):
 class Screen(Structure):
     """The output matrix in int8."""
 
-    _fields_ = [(name, c_void_p) for name in ("packed", "offset", "scale", "rest", "norm", "column")]
+    _fields_ = [(name, c_void_p) for name in ("packed", "offset", "scale", "rest", "norm")]
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -57,7 +57,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "argosy_step": (c_int64, [engine, POINTER(Model), POINTER(Step)]),
         "argosy_logits": (None, [engine, POINTER(Model), address, c_int64, c_float, address]),
         "argosy_pack": (None, [engine, address, address, *[c_int64] * 6]),
-        "argosy_quantise": (c_int64, [engine, POINTER(Model), *[address] * 6]),
+        "argosy_quantise": (c_int64, [engine, POINTER(Model), *[address] * 5]),
         "argosy_candidates": (c_int64, [engine, POINTER(Model), POINTER(Screen), address, c_int64, c_int64, c_float, *[address] * 3]),
     }
     for name, (result, arguments) in signatures.items():

@@ -40,9 +40,8 @@ typedef struct {
 
 /* int8 screening of the output matrix. Quantised: weight row n is scale[n] * q[n]; see screen.h for the bound. */
 typedef struct {
-    const int8_t *packed;     /* [vocabulary / 64][hidden / 4][64][4] */
-    const int32_t *offset;    /* -128 * sum of q[n]: takes back the unsigned activations' offset */
-    const float *scale;       /* [vocabulary] */
+    const int8_t *packed;   /* [vocabulary / 64][hidden / 4][64][4] */
+    const int32_t *offset;  /* -128 * sum of q[n]: takes back the unsigned activations' offset */
+    const float *scale;     /* [vocabulary] */
     const float *rest, *norm; /* length of the quantisation's rest; of the row */
-    const float *column;      /* [hidden]: activations are divided by it, weights were multiplied */
 } Screen;
