@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from services.inference.engine.backend import Backend, Batch
+from services.inference.engine.calls import Sampling
 from services.inference.engine.encoder import Pools
 from services.inference.engine.sampler import choose, choose_among, largest, needs
 from services.inference.engine.step import BLOCK_SIZE, Draw, Probe, Row, RowResult
@@ -50,8 +51,9 @@ class TorchRunner:
         """Compute the shapes that will be used: a whole chunk, then one token. Leaves nothing behind that a table points to."""
         count = max(1, min(step_tokens, self.context, self.blocks * BLOCK_SIZE))
         table = list(range(-(-count // BLOCK_SIZE)))
+        draw = Draw(Sampling(seed=0, temperature=0.0), 0, 0, [0], 1)
         for tokens, start in (([0] * count, 0), ([0], count - 1)):
-            self.step([Row(key=-1, tokens=tokens, start=start, blocks=table)])
+            self.step([Row(key=-1, tokens=tokens, start=start, blocks=table, draw=draw)])
 
     def _draw(self, hidden: torch.Tensor, rows: Sequence[Row], results: list[RowResult], spans: list[tuple[int, int]]) -> None:
         wanted = [b for b, row in enumerate(rows) if row.draw is not None and results[b].error is None]

@@ -134,7 +134,7 @@ def _converted(source: Path, target: Path, tell: Progress) -> Path:
         root = str(Path(__file__).resolve().parents[3])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
         child = subprocess.Popen(
-            [sys.executable, "-m", __name__ if __name__ != "__main__" else "services.inference.engine.weights", source, target],
+            [sys.executable, "-m", "services.inference.engine.weights", source, target],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -175,6 +175,8 @@ def _checked(directory: Path) -> Path:
 def _download(model: str, tell: Progress) -> Path:
     hub = cast("Any", importlib.import_module("huggingface_hub"))
     bars = cast("Any", importlib.import_module("huggingface_hub.utils")).tqdm
+    errors = cast("Any", importlib.import_module("huggingface_hub.errors"))
+    network = cast("Any", importlib.import_module("httpx")).HTTPError
 
     def update(bar: Any, n: float | None = 1) -> Any:
         if bar.unit == "B" and bar.total:
@@ -183,10 +185,10 @@ def _download(model: str, tell: Progress) -> Path:
 
     bar = type("Bar", (bars,), {"update": update})
     try:
-        with contextlib.suppress(hub.errors.LocalEntryNotFoundError):
+        with contextlib.suppress(errors.LocalEntryNotFoundError):
             return Path(hub.snapshot_download(model, allow_patterns=list(FILES), local_files_only=True))
         return Path(hub.snapshot_download(model, allow_patterns=list(FILES), tqdm_class=bar))
-    except Exception as error:
+    except (errors.HfHubHTTPError, network, OSError, ValueError) as error:
         name = type(error).__name__
         raise ModelUnavailable(f"{model} is not in the local cache and the hub did not give it ({name}).") from error
 
