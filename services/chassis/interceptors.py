@@ -273,13 +273,13 @@ class InFlight:
 
     async def idle(self, timeout_s: float) -> bool:
         """Wait until no call is inside; False if the time passed first."""
-        end = time.monotonic() + timeout_s
-        while self._tasks:
-            self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), max(0.0, end - time.monotonic()))
-            except TimeoutError:
-                return not self._tasks
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._tasks:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return not self._tasks
         return True
 
     def cut(self) -> None:

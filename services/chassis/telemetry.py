@@ -275,7 +275,8 @@ class Telemetry:
         # A daemon: an executor's thread would be joined at interpreter exit, for as long as the exporter retries.
         threading.Thread(target=_quietly, args=(shut,), name="telemetry-close", daemon=True).start()
         try:
-            await asyncio.wait_for(done.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await done.wait()
         except TimeoutError:
             log.warning("telemetry was not flushed in %.0f s", timeout_s)
 
@@ -355,14 +356,16 @@ class Telemetry:
 
     async def _scraped(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            async with asyncio.timeout(5):
+                head = await reader.readuntil(b"\r\n\r\n")
             found = head.startswith((b"GET /metrics ", b"GET /metrics?"))
             body = await asyncio.to_thread(self.exposition) if found else b""
             status = b"200 OK" if found else b"404 Not Found"
             kind = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4.encode()
             writer.write(b"HTTP/1.1 %b\r\nContent-Type: %b\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % (status, kind, len(body)))
             writer.write(body)
-            await asyncio.wait_for(writer.drain(), 5)
+            async with asyncio.timeout(5):
+                await writer.drain()
         except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
             log.debug("a scrape broke off")
         finally:

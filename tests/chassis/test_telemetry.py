@@ -413,6 +413,18 @@ async def test_a_blocked_loop_alarms_and_turns_unready(caplog: pytest.LogCapture
     assert samples(telemetry)["argosy_loop_lag_seconds_count", ()] >= 2
 
 
+async def test_a_cancellation_on_the_way_is_not_lost() -> None:
+    """`asyncio.wait_for` of 3.11 drops one that meets an inner call just done: the sampler lived on, and its server never stopped."""
+    async with echo() as serving:
+        for turns in range(6):
+            task = asyncio.create_task(serving._set("ready", 1))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            asked = task.cancel()
+            (result,) = await asyncio.gather(task, return_exceptions=True)
+            assert isinstance(result, asyncio.CancelledError) == asked, turns
+
+
 async def test_a_late_loop_shows_in_health() -> None:
     async with echo() as serving:
         assert serving.is_ready
