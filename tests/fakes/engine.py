@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -21,7 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from argosy.v1 import config_pb2, content_pb2, embedding_pb2, generation_pb2, language_pb2, model_pb2, stream_pb2, usage_pb2
 from argosy_internal.engine.v1 import engine_pb2, engine_pb2_grpc
 from services.chassis.errors import FieldInvalid, FieldOutOfRange, ServiceError
-from services.chassis.identity import CALLER_KEY, Caller, CallerVerifier
+from services.chassis.identity import CALLER_KEY, Caller, CallerRefused, CallerVerifier
 from services.chassis.status import rich
 
 USAGE_KEY = "argosy-usage-bin"  # argosy.v1.Usage in the trailers of every end that has no Completed
@@ -292,8 +292,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
                 self.faults.refusals -= 1
             self.totals["refused"] += 1
             await _refuse(context, self.faults.refuse)
-        blob = dict(context.invocation_metadata()).get(CALLER_KEY)
-        caller = self.verifier.verify(blob, time.time()) if self.verifier is not None else None
+        caller = await self._caller(context)
         left = context.time_remaining()
         input_tokens = len(_words(prompt))
         if method == "Generate":
@@ -308,6 +307,15 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         await context.send_initial_metadata(())
         self.changed()
         return record
+
+    async def _caller(self, context: Any) -> Caller | None:
+        if self.verifier is None:
+            return None
+        blob = dict(context.invocation_metadata()).get(CALLER_KEY)
+        try:
+            return self.verifier.verify(blob if isinstance(blob, bytes) else b"", time.time())
+        except CallerRefused as refused:
+            return await _refuse(context, refused)
 
     async def _check(self, request: engine_pb2.GenerateRequest, context: Any) -> None:
         if request.WhichOneof("prompt") is None or not request.generation_id:
@@ -345,9 +353,10 @@ def _words(text: str) -> list[str]:
     return [word if n == 0 else " " + word for n, word in enumerate(text.split())]
 
 
-async def _refuse(context: Any, error: ServiceError) -> None:
+async def _refuse(context: Any, error: ServiceError) -> NoReturn:
     reply = rich(error)
     await context.abort(reply.code, reply.sentence, reply.trailers)
+    raise AssertionError("abort raises")
 
 
 def _as_it_is(event: bytes) -> bytes:
