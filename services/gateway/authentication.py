@@ -10,9 +10,8 @@ import contextlib
 import ipaddress
 import logging
 import time
-import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -117,7 +116,7 @@ class Authentication:
         self._epoch = 0
         self._away_since: float | None = None
         self._ask_again_at = 0.0
-        self._watched: weakref.WeakValueDictionary[str, asyncio.Event] = weakref.WeakValueDictionary()
+        self._watched: dict[str, set[Callable[[], None]]] = {}
         self._changed = asyncio.Event()
         self._used: set[str] = set()
 
@@ -149,12 +148,17 @@ class Authentication:
             output_token_ceiling=record.grant.output_token_ceiling,
         )
 
-    def revoked(self, key_id: str) -> asyncio.Event:
-        """An event that is set when the key may no longer be used. Hold it while the stream lives: nobody else does."""
-        event = self._watched.get(key_id)
-        if event is None:
-            event = self._watched[key_id] = asyncio.Event()
-        return event
+    @contextlib.contextmanager
+    def watch(self, key_id: str, cut: Callable[[], None]) -> Iterator[None]:
+        """Call `cut` once if the key may no longer be used while the block runs (A9)."""
+        cuts = self._watched.setdefault(key_id, set())
+        cuts.add(cut)
+        try:
+            yield
+        finally:
+            cuts.discard(cut)
+            if not cuts and self._watched.get(key_id) is cuts:
+                del self._watched[key_id]
 
     def invalidate(self) -> None:
         """Keys have changed: look each up again before its next call, and those of live streams now."""
@@ -247,20 +251,19 @@ class Authentication:
     # --- keys of live streams ---------------------------------------------------------------------------------------------------
 
     async def recheck(self) -> None:
-        """Set the events of watched keys that may no longer be used. A store that is away cuts nobody (F15)."""
-        watched = list(self._watched)
-        if not watched:
+        """Cut the streams of keys that may no longer be used. A store that is away cuts nobody (F15)."""
+        if not self._watched:
             return
-        for uid in await self._store.dead_keys(watched):
-            event = self._watched.pop(uid, None)  # a key enabled again gets a new one
-            if event is not None:
-                event.set()
+        for uid in await self._store.dead_keys(list(self._watched)):
+            for cut in self._watched.pop(uid, set()):
+                cut()
 
     async def _keep_rechecking(self) -> None:
         noted_at = self._clock()
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), RECHECK_SECONDS)
+                async with asyncio.timeout(RECHECK_SECONDS):  # not wait_for, which may swallow a cancellation
+                    await self._changed.wait()
             self._changed.clear()
             with contextlib.suppress(StoreUnavailable):
                 await self.recheck()

@@ -82,10 +82,15 @@ def _crc(text: str) -> str:
     return _base62(zlib.crc32(text.encode()), CRC_CHARS)
 
 
+def key_id(uid: str) -> str:
+    """The part of a key's text that names it and may be shown."""
+    return _base62(UUID(uid).int, KEY_ID_CHARS)
+
+
 def mint(uid: str, environment: str, pepper: bytes) -> Minted:
     """Make a key for the UUID `uid`; minting again for the same uid makes a new secret (rotation)."""
     secret = "".join(secrets.choice(BASE62) for _ in range(SECRET_CHARS))
-    body = f"argosy_{environment}_{_base62(UUID(uid).int, KEY_ID_CHARS)}_{secret}"
+    body = f"argosy_{environment}_{key_id(uid)}_{secret}"
     return Minted(uid, f"{body}_{_crc(body)}", mac_of(secret.encode(), pepper))
 
 
@@ -93,9 +98,9 @@ def parse(token: str) -> Presented | None:
     """The parts of a well-formed key whose crc fits, else None. Costs no query."""
     if len(token) > MAX_TOKEN_CHARS or not (match := _SHAPE.fullmatch(token)):
         return None
-    body, key_id, secret, crc = match.groups()
+    body, number_text, secret, crc = match.groups()
     number = 0
-    for char in key_id:
+    for char in number_text:
         number = number * 62 + _VALUE[char]
     if crc != _crc(body) or number >> 128:
         return None

@@ -342,7 +342,8 @@ class SqlLedger:
             except Exception:
                 log.exception("keeping the books failed; trying again")
             try:
-                await asyncio.wait_for(self._lost_touch.wait(), PROBE_SECONDS if self.away else BEAT_SECONDS)
+                async with asyncio.timeout(PROBE_SECONDS if self.away else BEAT_SECONDS):  # not wait_for: it may swallow a cancellation
+                    await self._lost_touch.wait()
             except TimeoutError:
                 continue
             await asyncio.sleep(PROBE_SECONDS)
