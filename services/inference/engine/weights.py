@@ -176,7 +176,6 @@ def _download(model: str, tell: Progress) -> Path:
     hub = cast("Any", importlib.import_module("huggingface_hub"))
     bars = cast("Any", importlib.import_module("huggingface_hub.utils")).tqdm
     errors = cast("Any", importlib.import_module("huggingface_hub.errors"))
-    network = cast("Any", importlib.import_module("httpx")).HTTPError
 
     def update(bar: Any, n: float | None = 1) -> Any:
         if bar.unit == "B" and bar.total:
@@ -188,7 +187,7 @@ def _download(model: str, tell: Progress) -> Path:
         with contextlib.suppress(errors.LocalEntryNotFoundError):
             return Path(hub.snapshot_download(model, allow_patterns=list(FILES), local_files_only=True))
         return Path(hub.snapshot_download(model, allow_patterns=list(FILES), tqdm_class=bar))
-    except (errors.HfHubHTTPError, network, OSError, ValueError) as error:
+    except (errors.HTTPError, OSError, ValueError) as error:
         name = type(error).__name__
         raise ModelUnavailable(f"{model} is not in the local cache and the hub did not give it ({name}).") from error
 
