@@ -35,6 +35,13 @@ NEUTRAL_TEXTS = {
     ),
 }  # fmt: skip
 
+# What a plain model is shown before a passage: answers are short and copied, and there may be none.
+_EXTRACT_SHOWN = (
+    "Tom lives in Rome and drives a red car, which he bought from Anna in May.\n"
+    "Question: What colour is the car?\nAnswer: red\nQuestion: Who sold the car?\nAnswer: Anna\n"
+    f"Question: How old is Tom?\nAnswer: {NO_ANSWER}\n\n"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Wording:
@@ -46,12 +53,11 @@ class Wording:
 
 
 def label(text: str, labels: Sequence[str], instruction: str) -> Wording:
-    """Ask for one of `labels`; the answer follows after a blank."""
-    names = ", ".join(labels)
-    said = instruction.strip() or "Which label fits the text best?"
+    """Ask for one of `labels`; the answer follows after a blank. The plain form does not list them: that would favour the last."""
+    said = instruction.strip()
     return Wording(
-        f"{said} Labels: {names}.\n\nText: {text}\nLabel:" if instruction.strip() else f"Labels: {names}.\n\nText: {text}\nLabel:",
-        f"{said} Answer with one of these labels and nothing else: {names}.\n\nText: {text}",
+        f"{said}\n\nText: {text}\nCategory:" if said else f"Text: {text}\nCategory:",
+        f"{said or 'Which label fits the text best?'} Answer with one of these labels alone: {', '.join(labels)}.\n\nText: {text}",
     )
 
 
@@ -66,10 +72,10 @@ def sentiment(text: str, labels: Sequence[str], instruction: str) -> Wording:
 def summarize(documents: Sequence[str], instruction: str) -> Wording:
     """One summary of all documents."""
     body = "\n\n".join(document.strip() for document in documents)
-    focus = f" Focus on: {instruction.strip()}" if instruction.strip() else ""
+    said = instruction.strip()
     return Wording(
-        f"{body}\n\nIn short{f' ({instruction.strip()})' if focus else ''}, the text above says that",
-        f"Summarize the following text.{focus} Answer with the summary alone.\n\n{body}",
+        f"{body}\n\nTL;DR ({said}):" if said else f"{body}\n\nTL;DR:",
+        f"Summarize the following text.{f' Focus on: {said}' if said else ''} Answer with the summary alone.\n\n{body}",
     )
 
 
@@ -100,8 +106,8 @@ def answer(question: str, passages: Sequence[str]) -> Wording:
 def extract(question: str, passage: str) -> Wording:
     """A passage and a question whose answer is a span of it; the span follows after a blank."""
     return Wording(
-        f'{passage}\n\nQuestion: {question.strip()}\nAnswer (copied from the text above, or "none"):',
-        f'{passage}\n\nAnswer with words copied from the text above, or with "none" if it does not say: {question.strip()}',
+        f"{_EXTRACT_SHOWN}{passage}\nQuestion: {question.strip()}\nAnswer:",
+        f'{passage}\n\nAnswer with words copied from the text above, or with "{NO_ANSWER}" if it does not say: {question.strip()}',
     )
 
 
