@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,6 +26,7 @@ from services.chassis.errors import (
     ApiKeyInvalid,
     DeadlineExceeded,
     Draining,
+    FieldInvalid,
     FieldOutOfRange,
     Internal,
     MetadataInvalid,
@@ -165,12 +165,19 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
     """Runs every method inside `async with around(details, context)` and keeps its arity."""
 
     def __init__(
-        self, around: Around, *, request_bytes: int | None = None, strip: str | None = None, unknown: Callable[[], None] | None = None
+        self,
+        around: Around,
+        *,
+        request_bytes: int | None = None,
+        first_message_s: float = 10.0,
+        strip: str | None = None,
+        unknown: Callable[[], None] | None = None,
     ) -> None:
-        """`request_bytes` caps a unary request before it is parsed; `strip` is a prefix of metadata keys that end here, such as "x-";
-        `unknown` is told of a call to a method that does not exist."""
+        """`request_bytes` caps a unary request before it is parsed, `first_message_s` the wait for it; `strip` is a prefix of metadata
+        keys that end here, such as "x-"; `unknown` is told of a call to a method that does not exist."""
         self._around = around
         self._request_bytes = request_bytes
+        self._first_message_s = first_message_s
         self._strip = strip
         self._unknown = unknown
 
@@ -183,8 +190,10 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             return None
         method = h.unary_unary or h.unary_stream or h.stream_unary or h.stream_stream
         incoming = Incoming(details.method, self._let_in(details.invocation_metadata))
-        late = None if h.request_streaming else h.request_deserializer
-        parse = partial(self._parse, late) if late else _as_it_is
+
+        async def parsed(request: Any, context: Any) -> Any:
+            """Inside `around`, so that the error step sees what goes wrong here."""
+            return request if h.request_streaming else await self._read(h.request_deserializer, context)
 
         if inspect.isasyncgenfunction(method):
 
@@ -195,7 +204,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
                 async with self._around(incoming, context):
                     with Cutoff() as cutoff:
                         _arm(cutoff, grpc_context)
-                        async with aclosing(method(parse(request), context)) as source:
+                        async with aclosing(method(await parsed(request, context), context)) as source:
                             async for event in source:
                                 how_far.admitted, cutoff.waiting = True, False
                                 yield event
@@ -213,23 +222,30 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
                 async with self._around(incoming, context):
                     with Cutoff() as cutoff:
                         _arm(cutoff, grpc_context)
-                        return await method(parse(request), context)
+                        return await method(await parsed(request, context), context)
 
             inside = reply
-        return HANDLERS[h.request_streaming, h.response_streaming](inside, None if late else h.request_deserializer, h.response_serializer)
+        # To core every request is a stream, on the wire there is no difference: else it would run no code of ours before the message is
+        # there, and a caller who sends headers and falls silent would hold the stream for ever.
+        deserializer = h.request_deserializer if h.request_streaming else None
+        return HANDLERS[True, h.response_streaming](inside, deserializer, h.response_serializer)
 
     def _let_in(self, metadata: Iterable[Any]) -> tuple[Metadatum, ...]:
         pairs = ((key, value) for key, value in metadata or ())
         return tuple(pair for pair in pairs if self._strip is None or not pair[0].startswith(self._strip))
 
-    def _parse(self, deserialize: Callable[[bytes], Any], request: bytes) -> Any:
+    async def _read(self, deserialize: Callable[[bytes], Any] | None, context: Any) -> Any:
+        """The one message of a unary request, parsed. A caller that is let in but does not send it is not waited for."""
+        try:
+            async with asyncio.timeout(self._first_message_s):
+                request = await context.read()
+        except TimeoutError:
+            raise DeadlineExceeded() from None
+        if request is grpc.aio.EOF:  # type: ignore[attr-defined]  # missing in the stubs
+            raise FieldInvalid(rule="no_message")
         if self._request_bytes is not None and len(request) > self._request_bytes:
             raise FieldOutOfRange("", len(request), self._request_bytes, "bytes")
-        return deserialize(request)
-
-
-def _as_it_is(request: Any) -> Any:
-    return request
+        return deserialize(request) if deserialize else request
 
 
 def _arm(cutoff: Cutoff, grpc_context: Any) -> None:
@@ -341,6 +357,7 @@ class Policy:
     permit: Permit | None = None  # RPC path and caller; raises ScopeMissing
     deadline_cap_s: float | Callable[[str], float] = 300.0  # of a call without a shorter deadline; a number, or by RPC path
     request_bytes: int | None = 1 << 20  # a unary request, before it is parsed; None: the wire limit alone
+    first_message_s: float = 10.0  # a unary request is waited for this long
     strip: str | None = None  # metadata keys with this prefix are not let in; "x-" at the public edge
 
     def __post_init__(self) -> None:
@@ -401,7 +418,13 @@ def _set_deadline(policy: Policy, method: str, context: Any) -> None:
 
 def door(inflight: InFlight, policy: Policy, telemetry: Around | None = None, unknown: Callable[[], None] | None = None) -> Door:
     """The door of a server."""
-    return Door(steps(inflight, policy, telemetry), request_bytes=policy.request_bytes, strip=policy.strip, unknown=unknown)
+    return Door(
+        steps(inflight, policy, telemetry),
+        request_bytes=policy.request_bytes,
+        first_message_s=policy.first_message_s,
+        strip=policy.strip,
+        unknown=unknown,
+    )
 
 
 def verified(verifier: CallerVerifier, clock: Callable[[], float] = time.time) -> Authenticate:

@@ -239,6 +239,27 @@ async def raw(address: str) -> AsyncIterator[RawClient]:
         writer.close()
 
 
+async def test_A3_headers_then_silence() -> None:
+    """A caller who is let in and sends no message is let go, whatever the arity of the answer; one who ends without any is told."""
+    async with echo(policy=Policy(first_message_s=0.1)) as serving:
+        for path in ("Unary", "Stream"):
+            async with raw(serving.address) as client:
+                await client.send_headers(1, f"/{SERVICE}/{path}", [])
+                assert (await client.trailers())["grpc-status"] == str(grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
+            async with raw(serving.address) as client:
+                await client.send_headers(1, f"/{SERVICE}/{path}", [], end=True)
+                assert (await client.trailers())["grpc-status"] == str(grpc.StatusCode.INVALID_ARGUMENT.value[0])
+        assert await serving.inflight.idle(10)
+        async with calling(serving.address) as caller:
+            assert (await caller.unary(text("a"))).value == "unary a"
+
+
+async def test_A3_who_may_not_enter_is_refused_before_the_message() -> None:
+    async with echo(policy=VERIFIED) as serving, raw(serving.address) as client:
+        await client.send_headers(1, f"/{SERVICE}/Unary", [])
+        assert (await client.trailers())["grpc-status"] == str(grpc.StatusCode.UNAUTHENTICATED.value[0])
+
+
 @pytest.mark.parametrize("size, entered", [(4_000, True), (40_000, False), (1_000_000, False)])
 async def test_A7_metadata_before_settings(size: int, entered: bool) -> None:
     """HEADERS go out before the server's SETTINGS are read, so core's limit does not bind yet; ours does."""
