@@ -18,17 +18,19 @@ from services.chassis.server import Serving, serve
 from services.chassis.telemetry import Telemetry
 from services.inference.canary import Canary
 from services.inference.engine import weights
-from services.inference.engine.host import Host, ProcessHost
+from services.inference.engine.host import EngineLost, Host, ProcessHost
+from services.inference.gauges import measure
 from services.inference.servicers.engine import EngineServicer, Model, Pace, model_name, new_instance
 from services.inference.settings import InferenceSettings
-from services.inference.templates import ChatTemplate, load_template
-from services.inference.tokenizer import Tokenizer
+from services.inference.templates import ChatTemplate, TemplateRefused, load_template
+from services.inference.tokenizer import Tokenizer, TokenizerUnsupported
 
-__all__ = ["AUDIENCE", "Replica", "Vocabulary", "inference", "replica"]
+__all__ = ["AUDIENCE", "Replica", "Vocabulary", "inference", "replica", "why_not"]
 
 AUDIENCE = "argosy.inference"  # what the gateway signs callers for
 SERVICE = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
 UNARY_SECONDS = 30.0  # deadline cap of the methods that neither generate nor encode
+KNOWN = (weights.ModelRefused, weights.ModelUnavailable, TemplateRefused, TokenizerUnsupported, EngineLost)
 DEFAULT_MODEL = "gemma-3-270m"  # what "default" is
 LONG = ("Generate", "Encode", "WatchLoad")
 
@@ -95,12 +97,15 @@ async def replica(
         draining.append(serving)
         follower = asyncio.create_task(_follow(settings, engine, servicer, serving, vocabulary, progress), name="engine follower")
         follower.add_done_callback(_report)
+        measuring = asyncio.create_task(measure(engine, telemetry), name="engine gauges") if telemetry is not None else None
         try:
             yield Replica(serving, follower)
         finally:
             await serving.drain(announce_s=0, grace_s=settings.listener.grace_seconds if signals else 0)
-            follower.cancel()
-            await asyncio.wait([follower])
+            tasks = [task for task in (follower, measuring) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
             await engine.close()
 
 
@@ -163,6 +168,16 @@ def _public_keys(pairs: tuple[str, ...]) -> Mapping[str, Ed25519PublicKey]:
             raise ValueError(f"the key of {kid} is not Ed25519")
         keys[kid] = key
     return keys
+
+
+def why_not(error: BaseException | None) -> str:
+    """Why a replica cannot serve, in one sentence for its operator."""
+    found = [error]
+    for each in found:
+        if isinstance(each, BaseExceptionGroup):
+            found.extend(each.exceptions)
+    known = [each for each in found if isinstance(each, KNOWN)]
+    return str(min(known, key=lambda each: isinstance(each, EngineLost))) if known else f"The replica failed: {type(found[-1]).__name__}."
 
 
 def _report(task: "asyncio.Task[None]") -> None:

@@ -36,7 +36,6 @@ class InferenceSettings:
     write_stall_seconds: float = field(default=30.0, metadata={"minimum": 0.01})  # a full stream not read for this long is ended
     max_stream_seconds: float = field(default=300.0, metadata={"minimum": 1.0})  # deadline of a call without a shorter one
     canary_seconds: float = field(default=60.0, metadata={"minimum": 0.01})  # between golden prompts
-    metrics_address: str = ""  # Prometheus; empty: none
 
     def engine(self) -> EngineSettings:
         """What the engine's process is told."""

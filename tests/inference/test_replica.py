@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2
 
 from argosy.v1 import content_pb2, generation_pb2, model_pb2
 from argosy_internal.engine.v1 import engine_pb2
+from services.chassis.telemetry import Telemetry
 from services.inference.engine.calls import Load
 from tests.fakes.host import FakeHost
 from tests.inference.replicas import TOKENIZER, client, ids, kinds, reason, said, signed, text
@@ -113,3 +114,17 @@ sys.exit(f"imported {bad}" if bad else 0)
     path = ":".join(entry for entry in sys.path if entry)
     done = subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": path}, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+async def test_load_reports_become_metrics():
+    host = FakeHost()
+    telemetry = Telemetry.start("argosy-inference", {})
+    async with client(host, telemetry=telemetry):
+        host.set_load(Load(0, 1, 0, 5, 10.0, 20.0, 7, 9, 0, 4, 0.25, 3))
+        host.set_load(Load(0, 1, 0, 5, 10.0, 20.0, 7, 9, 32, 5, 0.25, 3))
+        async with asyncio.timeout(10):
+            while b"argosy_kv_tokens_free" not in (shown := telemetry.exposition()):
+                await asyncio.sleep(0)
+    await telemetry.close()
+    values = dict(line.rsplit(b" ", 1) for line in shown.splitlines() if line.startswith(b"argosy_kv_tokens"))
+    assert {float(value) for name, value in values.items() if name.startswith(b"argosy_kv_tokens_free")} <= {7 * 16.0, 1_000 * 16.0}
