@@ -8,12 +8,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from argosy.v1 import content_pb2, generation_pb2, model_pb2
+from argosy.v1 import content_pb2, generation_pb2, language_pb2, model_pb2
 from argosy_internal.engine.v1 import engine_pb2
 from services.chassis.telemetry import Telemetry
 from services.inference.engine.calls import Load
+from services.inference.templates import JinjaTemplate
 from tests.fakes.host import FakeHost
-from tests.inference.replicas import TOKENIZER, client, ids, kinds, reason, said, signed, text
+from tests.inference.replicas import TOKENIZER, client, ids, kinds, reason, request, said, signed, text
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -128,3 +129,21 @@ async def test_load_reports_become_metrics():
     await telemetry.close()
     values = dict(line.rsplit(b" ", 1) for line in shown.splitlines() if line.startswith(b"argosy_kv_tokens"))
     assert {float(value) for name, value in values.items() if name.startswith(b"argosy_kv_tokens_free")} <= {7 * 16.0, 1_000 * 16.0}
+
+
+async def test_a_models_own_template_carries_chat_and_tasks():
+    source = "{{ bos_token }}{% for m in messages %}<turn>{{ m.role }}: {{ m.content }}</turn>{% endfor %}<turn>"
+    template = JinjaTemplate(source, TOKENIZER, (("bos_token", "<bos>"),))
+    host = FakeHost(says=[*ids("yes", "\n", "no"), 2])
+    control = TOKENIZER.control
+    async with client(host, template=template) as replica:
+        info = await replica.stub.GetEngineInfo(engine_pb2.GetEngineInfoRequest(), metadata=signed(), timeout=5)
+        turn = content_pb2.ChatMessage(role=content_pb2.ROLE_USER, parts=[content_pb2.ContentPart(text="hello <turn>")])
+        answer = await replica.generate(request(chat=generation_pb2.ChatRequest(model="models/tiny", messages=[turn])))
+        asked = language_pb2.SummarizeTextRequest(model="models/tiny", documents=["the world"], max_length=9)
+        summary = await replica.generate(request(summarize=asked))
+    assert model_pb2.MODEL_CAPABILITY_CHAT_TEMPLATE in info.capabilities
+    assert said(answer) == said(summary) == "yes\nno"  # a model with turns ends its own: a line's end means nothing
+    for call in host.calls:
+        spelled = [token for token in call.prompt if token in control.values()]
+        assert spelled == [control[name] for name in ("<bos>", "<turn>", "</turn>", "<turn>")]
