@@ -1,6 +1,7 @@
 """The gateway's only wiring: settings and protocols in, a served address out."""
 
 import logging
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from google.protobuf.descriptor import ServiceDescriptor
 
+from argosy.admin.v1 import api_key_pb2, project_pb2, quota_pb2, usage_pb2
 from argosy.v1 import embedding_pb2, explanation_pb2, generation_pb2, language_pb2, model_pb2
 from services.chassis.identity import CallerSigner
 from services.chassis.interceptors import Authenticate, Policy
@@ -20,15 +22,21 @@ from services.chassis.telemetry import Telemetry
 from services.gateway.access import MAX_STREAM_SECONDS
 from services.gateway.authentication import authenticating, deadline_cap_s, permit
 from services.gateway.keys import PEPPER_BYTES
-from services.gateway.ledger import Ledger
+from services.gateway.ledger import Ledger, Tariff
+from services.gateway.lists import PageTokens
 from services.gateway.replicas import Replicas
+from services.gateway.servicers.api_key import ApiKeyServicer
 from services.gateway.servicers.embedding import EmbeddingServicer
 from services.gateway.servicers.explanation import ExplanationServicer
 from services.gateway.servicers.generation import GenerationServicer
 from services.gateway.servicers.language import LanguageServicer
 from services.gateway.servicers.model import ModelServicer
+from services.gateway.servicers.project import ProjectServicer
+from services.gateway.servicers.quota import QuotaServicer
 from services.gateway.servicers.register import handlers
 from services.gateway.servicers.relay import Relay, Revocations
+from services.gateway.servicers.resources import Desk
+from services.gateway.servicers.usage import UsageServicer
 from services.gateway.settings import GatewaySettings
 from services.gateway.sql_ledger import LedgerSettings, open_ledger
 from services.gateway.store import Store, StoreSettings, open_store
@@ -80,6 +88,7 @@ async def running(
     signer: CallerSigner,
     revocations: Revocations | None = None,
     administration: Sequence[Service] = (),
+    pages: PageTokens | None = None,
     telemetry: Telemetry | None = None,
     signals: bool = False,
 ) -> AsyncIterator[Running]:
@@ -109,7 +118,7 @@ async def running(
         (language_pb2.DESCRIPTOR.services_by_name["LanguageService"], LanguageServicer(relay)),
         (embedding_pb2.DESCRIPTOR.services_by_name["EmbeddingService"], EmbeddingServicer(relay)),
         (explanation_pb2.DESCRIPTOR.services_by_name["ExplanationService"], ExplanationServicer(relay)),
-        (model_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelServicer(replicas)),
+        (model_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelServicer(replicas, pages or page_tokens(settings))),
         *administration,
     ]
 
@@ -148,8 +157,9 @@ async def gateway(
     `wait`: only return once the schema is there. Raises ValueError for a pepper or a signing key that is none.
     """
     signer = CallerSigner(signing_key(settings.caller_signing_key), settings.caller_signing_kid)
+    pages = page_tokens(settings)
     async with (
-        open_store(store, pepper(settings.key_pepper), wait=wait) as state,
+        open_store(store, secret("key pepper", settings.key_pepper), wait=wait) as state,
         open_ledger(state, books) as ledger,
         authenticating(state) as authentication,
         running(
@@ -158,7 +168,8 @@ async def gateway(
             authenticate=authentication,
             signer=signer,
             revocations=authentication,
-            administration=administration(state),
+            administration=administration(settings, state, pages, books.tariff()),
+            pages=pages,
             telemetry=telemetry,
             signals=signals,
         ) as gate,
@@ -166,17 +177,28 @@ async def gateway(
         yield replace(gate, store=state)
 
 
-def pepper(hexadecimal: str) -> bytes:
-    """The 32 bytes behind 64 hex digits."""
+def secret(name: str, hexadecimal: str) -> bytes:
+    """The 32 bytes behind 64 hex digits. Raises ValueError, which never shows them."""
     try:
         made = bytes.fromhex(hexadecimal)
     except ValueError:
         made = b""
     if len(made) != PEPPER_BYTES:
-        raise ValueError(f"the pepper must be {2 * PEPPER_BYTES} hex digits")
+        raise ValueError(f"the {name} must be {2 * PEPPER_BYTES} hex digits")
     return made
 
 
-def administration(store: Store) -> Sequence[Service]:
+def page_tokens(settings: GatewaySettings) -> PageTokens:
+    """The seal of page tokens; without a key in the settings they end with the process."""
+    return PageTokens(secret("page token key", settings.page_token_key) if settings.page_token_key else os.urandom(PEPPER_BYTES))
+
+
+def administration(settings: GatewaySettings, store: Store, pages: PageTokens, tariff: Tariff) -> Sequence[Service]:
     """argosy.admin.v1's services over the store."""
-    return ()
+    desk = Desk(store, pages)
+    return (
+        (project_pb2.DESCRIPTOR.services_by_name["ProjectService"], ProjectServicer(desk)),
+        (api_key_pb2.DESCRIPTOR.services_by_name["ApiKeyService"], ApiKeyServicer(desk, tariff, settings.key_environment)),
+        (quota_pb2.DESCRIPTOR.services_by_name["QuotaService"], QuotaServicer(desk, tariff)),
+        (usage_pb2.DESCRIPTOR.services_by_name["UsageService"], UsageServicer(desk, tariff)),
+    )

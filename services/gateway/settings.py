@@ -33,3 +33,5 @@ class GatewaySettings:
     caller_signing_key: Path | None = None  # PEM, Ed25519; signs the caller for the replicas
     caller_signing_kid: str = "gateway"
     key_pepper: str = field(default="", repr=False)  # 64 hex digits, secret: without it no stored key can be checked
+    key_environment: str = "live"  # [a-z]{1,16}: part of each new API key's text
+    page_token_key: str = field(default="", repr=False)  # 64 hex digits, secret, the same for every gateway; empty: drawn at start

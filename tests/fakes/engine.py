@@ -42,6 +42,7 @@ class Faults:
     short_after: int | None = None  # tokens, then OK without Completed: a broken engine
     skip_sequence: bool = False  # a gap in the events' numbers
     ignore_abort: bool = False
+    end_watch: grpc.StatusCode | None = None  # each WatchLoad, after its next report
     slow: float = 1.0  # each delay, times this
 
 
@@ -137,6 +138,8 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
 
     async def WatchLoad(self, request: engine_pb2.WatchLoadRequest, context: Any) -> AsyncIterator[engine_pb2.EngineLoad]:
         await context.send_initial_metadata(())
+        self.totals["watches"] += 1
+        self.changed()
         while True:
             load = engine_pb2.EngineLoad()
             load.CopyFrom(self.load)
@@ -144,8 +147,10 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
             load.prefill_tokens_per_second /= self.faults.slow
             load.decode_tokens_per_second /= self.faults.slow
             yield load
+            if self.faults.end_watch is not None:
+                await context.abort(self.faults.end_watch, "")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._load_changed(), 0.1 if self.running else 5.0)
+                await asyncio.wait_for(self._load_changed(), 0.1 if self.running else 0.5)
 
     async def _load_changed(self) -> None:
         before = (self.load.SerializeToString(), bool(self.running))

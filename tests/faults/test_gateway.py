@@ -165,7 +165,7 @@ async def test_A5_hundreds_hang_up_and_the_ledger_is_the_engines_count() -> None
             await engine.until(lambda e: not e.running)
         await at.gate.relay.settled()
         async with asyncio.timeout(10):
-            while at.gate.serving.inflight.count:  # noqa: ASYNC110  # the door has no event for it
+            while at.gate.serving.inflight.count:  # the door has no event for it
                 await asyncio.sleep(0.01)
         ends = [settlement for _, settlement in at.ledger.settled.values()]
         assert not at.ledger.open and len(ends) >= 270
@@ -196,7 +196,7 @@ async def test_health_under_saturation() -> None:
         calls = [asyncio.ensure_future(events_of(at.generation.StreamChat(chat(), metadata=metadata(), timeout=30))) for _ in range(80)]
         queue = at.replicas.pool(engine.digest).admission(True)
         async with asyncio.timeout(10):
-            while queue.queued < 79:  # noqa: ASYNC110  # the queue has no event
+            while queue.queued < 79:  # the queue has no event
                 await asyncio.sleep(0.01)
         stub = health_pb2_grpc.HealthStub(at.channel)
         reply = await stub.Check(health_pb2.HealthCheckRequest(service="argosy.v1.GenerationService"), timeout=5)

@@ -1,8 +1,10 @@
 """GenerationService through a real gateway server to fake engines."""
 
 import asyncio
+import contextlib
 import random
 import uuid
+from collections.abc import Callable, Iterator
 
 import grpc
 import pytest
@@ -30,10 +32,15 @@ class Revoker:
     """Revocations that a test decides."""
 
     def __init__(self) -> None:
-        self.events: dict[str, asyncio.Event] = {}
+        self.watching: dict[str, Callable[[], None]] = {}
 
-    def revoked(self, key_id: str) -> asyncio.Event:
-        return self.events.setdefault(key_id, asyncio.Event())
+    @contextlib.contextmanager
+    def watch(self, key_id: str, cut: Callable[[], None]) -> Iterator[None]:
+        self.watching[key_id] = cut
+        try:
+            yield
+        finally:
+            del self.watching[key_id]
 
 
 def classify() -> language_pb2.ClassifyTextRequest:
@@ -267,7 +274,7 @@ async def test_a_queued_call_that_is_cancelled_is_settled_and_forgotten() -> Non
         first = asyncio.ensure_future(events_of(at.generation.StreamChat(chat(), metadata=metadata(), timeout=20)))
         await engine.until(lambda e: len(e.running) == 1)
         second = at.generation.StreamChat(chat(), metadata=metadata(), timeout=20)
-        while not at.replicas.pool(engine.digest).admission(True).queued:  # noqa: ASYNC110  # the queue has no event
+        while not at.replicas.pool(engine.digest).admission(True).queued:  # the queue has no event
             await asyncio.sleep(0)
         second.cancel()
         (cancelled,) = await one_settled(at)
@@ -366,7 +373,7 @@ async def test_A9_a_revoked_key_cuts_its_live_streams() -> None:
             async for event in call:
                 seen.append(event.sequence)
                 if event.sequence == 3:
-                    revocations.events["key-acme"].set()
+                    revocations.watching["key-acme"]()
         info = error_info(error.value)
         assert info is not None and (error.value.code(), info.reason) == (PERMISSION_DENIED, "KEY_REVOKED")
         assert dict(error.value.trailing_metadata() or ())["last_seq"] == str(seen[-1])

@@ -34,7 +34,7 @@ class Subject:
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until the ground truth satisfies `condition`; the two engines have no event in common."""
         async with asyncio.timeout(10):
-            while not condition():  # noqa: ASYNC110
+            while not condition():
                 await asyncio.sleep(0.002)
 
     def call(self, prompt: str = "hello world", *, metadata: Any = None, **config: Any) -> Any:

@@ -1,17 +1,15 @@
 """ModelService: the shared bases, as the replicas describe them."""
 
-import base64
-import binascii
 from typing import Any, Protocol
 
 from argosy.v1 import model_pb2
 from services.chassis import bounds
-from services.chassis.errors import FieldInvalid, PageTokenInvalid
+from services.chassis.errors import FieldInvalid
 from services.gateway.catalog import Catalog, Served
+from services.gateway.lists import PAGE, PageTokens
 from services.gateway.servicers.relay import caller
 
 SERVICE = "argosy.v1.ModelService"
-PAGE = 50
 
 
 class Models(Protocol):
@@ -27,8 +25,9 @@ class Models(Protocol):
 class ModelServicer:
     """argosy.v1.ModelService, as far as shared bases go."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, pages: PageTokens) -> None:
         self._models = models
+        self._pages = pages
 
     async def GetModel(self, request: model_pb2.GetModelRequest, context: Any) -> model_pb2.Model:
         """One model."""
@@ -44,25 +43,14 @@ class ModelServicer:
         who = caller()
         own = bool(request.parent)  # a project's own models come with tuning; until then it has none
         visible = [] if own else self._models.catalog.visible(who.models)
-        after = _name_in(request.page_token)
-        rest = [served for served in visible if served.name > after]
+        scope = (SERVICE, "ListModels", request.parent, who.project_uid)
+        after = self._pages.open(request.page_token, *scope) or [""]
+        rest = [served for served in visible if served.name > after[0]]
         size = request.page_size or PAGE
-        more = _token_after(rest[size - 1].name) if len(rest) > size else ""
+        more = self._pages.seal(*scope, after=[rest[size - 1].name]) if len(rest) > size else ""
         return model_pb2.ListModelsResponse(models=[self._described(served) for served in rest[:size]], next_page_token=more)
 
     def _described(self, served: Served) -> model_pb2.Model:
         model = model_pb2.Model.FromString(served.description)
         model.ready_replicas = self._models.ready(served)
         return model
-
-
-def _token_after(name: str) -> str:
-    """The shared bases are no secret of a project, so their cursor needs no seal: any name may be listed after any other."""
-    return base64.urlsafe_b64encode(name.encode()).decode()
-
-
-def _name_in(token: str) -> str:
-    try:
-        return base64.urlsafe_b64decode(token.encode()).decode()
-    except (binascii.Error, ValueError):
-        raise PageTokenInvalid() from None

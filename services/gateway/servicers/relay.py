@@ -12,7 +12,7 @@ import logging
 import math
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -109,8 +109,8 @@ class Fleet(Protocol):
 class Revocations(Protocol):
     """Tells live calls that their key was revoked (A9)."""
 
-    def revoked(self, key_id: str) -> asyncio.Event:
-        """An event that is set when the key may no longer be used; to be held while the call lives."""
+    def watch(self, key_id: str, cut: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+        """Call `cut` once if the key is revoked while inside."""
         ...
 
 
@@ -583,18 +583,14 @@ class Relay:
         if self._revocations is None:
             yield
             return
-        revoked, how_far = self._revocations.revoked(account.plan.caller.key_id), progress()
+        how_far = progress()
 
-        async def cut() -> None:
-            await revoked.wait()
+        def cut() -> None:
             account.close(Outcome.CANCELLED)
             pump.fail(KeyRevoked(how_far.last_sequence or 0))
 
-        watching = asyncio.create_task(cut())
-        try:
+        with self._revocations.watch(account.plan.caller.key_id, cut):
             yield
-        finally:
-            watching.cancel()
 
 
 async def _reply(call: Any, finished: asyncio.Event) -> Any:
