@@ -325,6 +325,17 @@ async def test_translation_detects_the_source(text, tag):
     assert finished(events)[0].source_language == tag
 
 
+async def test_detecting_a_language_is_billed():
+    host = FakeHost(says=ids(" x", "\n"))
+    async with client(host) as replica:
+        events = await replica.generate(translation(["xyzzy"], source=""))
+    scored = [call for call in host.calls if isinstance(call, Score)]
+    assert scored  # no script and no small word tells it
+    read = sum(len(call.prefix) + sum(map(len, call.continuations)) for call in scored)
+    written = [call for call in host.calls if isinstance(call, Generate)]
+    assert events[-1].completed.usage.input_tokens == read + sum(len(call.prompt) for call in written)
+
+
 async def test_translation_refuses_a_text_without_letters():
     async with client() as replica:
         with pytest.raises(grpc.aio.AioRpcError) as caught:

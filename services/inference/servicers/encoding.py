@@ -31,7 +31,7 @@ OVERLAP = 8  # windows share one part in this many
 BASELINES = 1_024  # label sets whose bias is remembered
 SENTIMENT = ("positive", "neutral", "negative")
 HEAD_TOKENS, HEAD_CHARACTERS = 3, 24  # a start is judged by its first tokens
-HEAD_BEAM = 32  # different starts that are judged
+HEAD_BEAM = 24  # different starts that are judged
 START_BEAM = 8  # and of these, followed to their end
 SAME_HEAD = 2  # places followed for each
 SPAN_TOKENS, SHORT_SPAN_TOKENS = 32, 10  # longest answer, and how far every start is followed
@@ -240,14 +240,14 @@ class Encoder:
             self._baselines.popitem(last=False)
         return known
 
-    async def language(self, text: str, who: Who, left_s: float) -> Language:
-        """The language of a text: by its script, then by the likelihood of the language's name. Raises UnsupportedLanguage."""
+    async def language(self, text: str, who: Who, usage: usage_pb2.Usage, left_s: Left) -> Language:
+        """The language of a text: by its script, then by the likelihood of its name, at `usage`. Raises UnsupportedLanguage."""
         tags = languages.tell(text)
         if not tags:
             raise UnsupportedLanguage("source_language")
         if len(tags) == 1:
             return Language(tags[0], languages.LANGUAGES[tags[0]])
-        spending = Spending(who, usage_pb2.Usage(), lambda: left_s)
+        spending = Spending(who, usage, left_s)
         names = await self._continuations([languages.LANGUAGES[tag] for tag in tags])
 
         async def scores(sample: str) -> list[float]:

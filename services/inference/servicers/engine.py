@@ -88,7 +88,12 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         defaults = Sampling(seed=0, temperature=0.0) if is_task else model.hello.default_sampling
         asked = asked_from_proto(request.config, defaults, model.hello.vocabulary, most_outputs=1 if is_task else 4)
         encoder = self._encoder
-        plan = await self._planner.plan(request, lambda text: encoder.language(text, who, _left_s()))
+        before = usage_pb2.Usage()  # what planning costs: finding a language may ask the engine
+        try:
+            plan = await self._planner.plan(request, lambda text: encoder.language(text, who, before, _left_s))
+        except Exception:
+            _tell_usage(context, before)
+            raise
         ceilings = [caller.output_token_ceiling, request.output_token_ceiling if request.HasField("output_token_ceiling") else None]
         outbox = Outbox(
             flush_s=asked.flush_s,
@@ -110,6 +115,8 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             ceiling=min((ceiling for ceiling in ceilings if ceiling is not None), default=None),
         )
         outbox.stalled = lambda: generation.abort(SlowConsumer())
+        generation.spent.input_tokens += before.input_tokens
+        generation.spent.cached_input_tokens += before.cached_input_tokens
         generation.check()
         key = (caller.project_uid, request.generation_id)
         if key in self._running:
