@@ -273,10 +273,8 @@ class Authentication:
 
     async def _keep_listening(self) -> None:
         while True:
-            try:
+            with contextlib.suppress(ServiceError):  # the recheck and the short freshness hold the promise meanwhile
                 await self._store.listen(self.invalidate)
-            except ServiceError:
-                pass  # the recheck and the short freshness hold the promise meanwhile
             self.invalidate()  # what changed while nobody listened
             await asyncio.sleep(RETRY_SECONDS)
 

@@ -8,7 +8,7 @@ import asyncio
 import fcntl
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,16 +54,18 @@ class Segment:
     own: bool  # written by this process, which knows what became of its reservations
 
 
-def read(segment: Segment) -> Iterator[Entry]:
+def read(segment: Segment) -> list[Entry]:
     """The entries of a segment, up to the first torn line: only the last may be, and it was never acknowledged."""
+    entries = []
     with segment.path.open("rb") as lines:
         for line in lines:
             if len(line) < 11 or not line.endswith(b"\n"):
-                return
+                break
             body = line[9:-1]
             if line[:9] != b"%08x " % zlib.crc32(body):
-                return
-            yield _decode(body)
+                break
+            entries.append(_decode(body))
+    return entries
 
 
 @dataclass

@@ -15,7 +15,7 @@ from services.gateway.keys import Grant
 from services.gateway.lists import Condition
 from services.gateway.schema import api_keys, audit_events, ledger, projects, quota_counters, quota_policies, request_replays
 
-Row = Mapping[str, Any]
+Row = Mapping[Any, Any]  # column → value
 
 REPLAY_KEPT = timedelta(hours=24)
 NOBODY = "00000000-0000-0000-0000-000000000000"  # quota_counters: the project's own row

@@ -350,7 +350,7 @@ class SqlLedger:
 
     async def _replay(self) -> None:
         for segment in await self._journal.seal():
-            entries = await asyncio.to_thread(lambda segment=segment: list(read(segment)))
+            entries = await asyncio.to_thread(read, segment)
             settled = {e.reservation.generation_id for e in entries if e.settlement is not None}
             ended = [e for e in entries if e.settlement is not None]
             for entry in entries:

@@ -86,6 +86,7 @@ class HotPool:
         )
 
     async def open(self) -> None:
+        """Bind the pool to the running loop; no connection is made yet."""
         await self._pool
 
     async def rows(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
@@ -97,18 +98,20 @@ class HotPool:
         try:
             async with self._pool.acquire(timeout=STATEMENT_SECONDS) as connection:
                 try:
-                    return await connection.fetch(statement, *arguments, timeout=STATEMENT_SECONDS + 0.5)
+                    rows: list[asyncpg.Record] = await connection.fetch(statement, *arguments, timeout=STATEMENT_SECONDS + 0.5)
                 except asyncpg.PostgresError:
                     raise  # the server has answered: the connection is at rest
                 except BaseException:
                     connection.terminate()
                     raise
+                return rows
         except Exception as error:
             if down(error):
                 raise StoreUnavailable from error
             raise
 
     async def close(self) -> None:
+        """Close every connection at once."""
         self._pool.terminate()  # whoever still waits gets an error; settlements were awaited before
 
 

@@ -47,7 +47,9 @@ def test_L5_anything_else_is_no_key(text: str) -> None:
     assert parse(text) is None
 
 
-@pytest.mark.parametrize("token", ["", "argosy_live_' OR 1=1 --_x_y", "argosy_" + "a" * 10_000, "argosy_live_" + "z" * 22 + "_" + "a" * 32 + "_000000"])
+@pytest.mark.parametrize(
+    "token", ["", "argosy_live_' OR 1=1 --_x_y", "argosy_" + "a" * 10_000, "argosy_live_" + "z" * 22 + "_" + "a" * 32 + "_000000"]
+)
 def test_L5_hostile_tokens_are_no_keys(token: str) -> None:
     assert parse(token) is None
 

@@ -112,6 +112,8 @@ async def _until_sleeping(store: object) -> None:
     engine = store._engine  # type: ignore[attr-defined]
     while True:
         async with engine.connect() as connection:
-            sleeping = await connection.execute(text("SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%pg_sleep(60)%another%' AND pid <> pg_backend_pid()"))
+            sleeping = await connection.execute(
+                text("SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%sleep(60)%' AND pid <> pg_backend_pid()")
+            )
             if sleeping.scalar():
                 return

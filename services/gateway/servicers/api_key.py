@@ -249,7 +249,8 @@ class ApiKeyServicer:
                 raise FieldInvalid(f"{field}.expire_time", "in_the_past")
         if "limits" in changed:
             limits = asked.limits
-            values |= {name: getattr(limits, name) if limits.HasField(name) else None for name in LIMITS}
+            given = {descriptor.name for descriptor, _ in limits.ListFields()}
+            values |= {name: getattr(limits, name) if name in given else None for name in LIMITS}
             values["nanos_per_day"] = limits.cost_per_day.nanos if limits.HasField("cost_per_day") else None
             if limits.HasField("cost_per_day") and limits.cost_per_day.currency_code != self._currency:
                 raise FieldInvalid(f"{field}.limits.cost_per_day.currency_code", "currency")

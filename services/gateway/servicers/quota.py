@@ -54,7 +54,8 @@ class QuotaServicer:
         if "cost_per_day" in changed and asked.HasField("cost_per_day") and asked.cost_per_day.currency_code != self._currency:
             raise FieldInvalid("quota_policy.cost_per_day.currency_code", "currency")
         (segment,) = segments(asked.name, POLICY_NAME, "quota_policy.name")
-        values: dict[str, Any] = {name: getattr(asked, name) if asked.HasField(name) else None for name in changed if name in COUNTS}
+        given = {field.name for field, _ in asked.ListFields()}
+        values: dict[str, Any] = {name: getattr(asked, name) if name in given else None for name in changed if name in COUNTS}
         if "cost_per_day" in changed:
             values["nanos_per_day"] = asked.cost_per_day.nanos if asked.HasField("cost_per_day") else None
 

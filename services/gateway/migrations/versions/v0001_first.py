@@ -374,12 +374,13 @@ BEGIN
                 CONTINUE;  -- settled before
             END IF;
             IF FOUND THEN
-                INSERT INTO ledger (project_uid, generation_id, kind, entry, request_id, key_uid, method, model, version, body_digest, outcome,
-                    input_tokens, cached_input_tokens, output_tokens, passes, nanos, served_by)
-                VALUES (s.project_uid, s.generation_id, 'AMEND', number + 1, earlier.request_id, earlier.key_uid, earlier.method, earlier.model,
-                    earlier.version, earlier.body_digest,
+                INSERT INTO ledger (project_uid, generation_id, kind, entry, request_id, key_uid, method, model, version, body_digest,
+                    outcome, input_tokens, cached_input_tokens, output_tokens, passes, nanos, served_by)
+                VALUES (s.project_uid, s.generation_id, 'AMEND', number + 1, earlier.request_id, earlier.key_uid, earlier.method,
+                    earlier.model, earlier.version, earlier.body_digest,
                     CASE WHEN s.outcome = 'DONE' AND EXISTS (SELECT FROM ledger WHERE project_uid = s.project_uid
-                        AND request_id = earlier.request_id AND method = earlier.method AND outcome = 'DONE') THEN 'LOST' ELSE s.outcome END,
+                        AND request_id = earlier.request_id AND method = earlier.method AND outcome = 'DONE')
+                        THEN 'LOST' ELSE s.outcome END,
                     s.input_tokens, s.cached_input_tokens, s.output_tokens, s.passes, s.nanos, s.served_by)
                 ON CONFLICT (project_uid, generation_id, kind) DO NOTHING;
                 CONTINUE WHEN NOT FOUND;
