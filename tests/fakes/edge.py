@@ -77,6 +77,7 @@ async def edge(
     listener: Listener | None = None,
     revocations: Any = None,
     signals: bool = False,
+    telemetry: Any = None,
     **placing: Any,
 ) -> AsyncIterator[Edge]:
     """A running gateway; entered once `reachable` replicas (default: one for each engine) have reported."""
@@ -101,6 +102,7 @@ async def edge(
         signer=CallerSigner(KEY, "k"),
         revocations=revocations,
         signals=signals,
+        telemetry=telemetry,
     ) as gate:
         await gate.replicas.until(len(engines) if reachable is None else reachable)
         async with grpc.aio.insecure_channel(gate.address, options=[*ENGINE.items()]) as channel:

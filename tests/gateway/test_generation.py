@@ -12,6 +12,7 @@ import pytest
 from argosy.v1 import config_pb2, generation_pb2, language_pb2, stream_pb2
 from services.chassis.errors import NotStarted, StoreUnavailable
 from services.chassis.status import error_info
+from services.chassis.telemetry import Telemetry
 from services.gateway.ledger import Outcome, Settlement
 from services.gateway.servicers.relay import peek
 from tests.fakes.edge import VERIFIER, Edge, caller, chat, edge, events_of, metadata, text_of
@@ -390,6 +391,22 @@ async def test_count_tokens_and_tokenize_cost_no_tokens() -> None:
         split = await at.generation.Tokenize(text, metadata=metadata(), timeout=5)
         assert [token.token for token in split.tokens] == [b"a", b" b"]
         assert {(s.input_tokens, s.output_tokens) for s in await settled(at, 2)} == {(0, 0)}
+
+
+async def test_a_generation_is_measured_by_the_conventions_names() -> None:
+    telemetry = Telemetry.start("test", {})
+    async with fake_engine(["a", "b"]) as engine, edge(engine, telemetry=telemetry) as at:
+        await events_of(at.generation.StreamChat(chat("one two three"), metadata=metadata(), timeout=5))
+        await settled(at)
+        seen = telemetry.exposition().decode()
+    await telemetry.close()
+    for line in (
+        'gen_ai_client_token_usage_sum{gen_ai_operation_name="chat",gen_ai_request_model="models/fake",gen_ai_token_type="input"} 3.0',
+        'gen_ai_client_token_usage_sum{gen_ai_operation_name="chat",gen_ai_request_model="models/fake",gen_ai_token_type="output"} 2.0',
+        'gen_ai_server_time_to_first_token_seconds_count{gen_ai_operation_name="chat",gen_ai_request_model="models/fake"} 1.0',
+        'argosy_outcome="DONE"',
+    ):
+        assert line in seen, seen
 
 
 async def test_I5_a_canary_reaches_its_own_caller_only() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import enum
 import logging
 import math
+import time
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
@@ -179,6 +180,9 @@ class _Account:
     prompt_tokens: int = 0  # Started's
     deltas: int = 0  # each holds a token at least: the least that can be billed when a lost replica tells nothing
     finished: "asyncio.Event | None" = None  # set when the pump has read the call's end
+    began: float = field(default_factory=time.monotonic)
+    admitted_at: float | None = None  # when a replica had accepted
+    first_at: float | None = None  # when the first delta had come
     _closing: "asyncio.Task[None] | None" = None
 
     def close(self, outcome: Outcome | None = None) -> "asyncio.Task[None]":
@@ -197,6 +201,7 @@ class _Account:
                 self.usage = _usage_in(await self.call.trailing_metadata())
         finally:
             used = self.used()
+            self.measure(self.relay.telemetry)
             if self.place is not None:
                 self.place.leave(failed=self.failed, cost=used.input_tokens + used.output_tokens)
             await self.relay.ledger.settle(
@@ -222,6 +227,24 @@ class _Account:
             log.warning("replica %s did not end an aborted call", place.served_by)
         finally:
             self.call.cancel()
+
+    def measure(self, telemetry: Telemetry) -> None:
+        """One generation as the conventions for generative models name it. Labels are our own words and served models' names."""
+        used, ended = self.used(), time.monotonic()
+        kind = {"gen_ai.operation.name": _operation(self.plan.method), "gen_ai.request.model": self.plan.served.name}
+        error = {} if self.outcome is Outcome.DONE else {"error.type": self.outcome.value}
+        telemetry.record("argosy.ledger.settled", 1, {"argosy.outcome": self.outcome.value})
+        telemetry.record("gen_ai.server.request.duration", ended - self.began, kind | error)
+        if self.admitted_at is None:
+            return
+        telemetry.record("argosy.queue.wait", self.admitted_at - self.began, {"argosy.work_class": self.plan.rank.name})
+        telemetry.record("gen_ai.client.token.usage", used.input_tokens, kind | {"gen_ai.token.type": "input"})
+        telemetry.record("gen_ai.client.token.usage", used.output_tokens, kind | {"gen_ai.token.type": "output"})
+        if self.first_at is not None:
+            telemetry.record("gen_ai.server.time_to_first_token", self.first_at - self.admitted_at, kind)
+            if used.output_tokens > 1:
+                gap_s = (ended - self.first_at) / (used.output_tokens - 1)
+                telemetry.record("gen_ai.server.time_per_output_token", gap_s, kind)
 
     def used(self) -> usage_pb2.Usage:
         """The engine's count; without one, what was seen of its work."""
@@ -323,6 +346,8 @@ class _Pump:
             account.usage = stream_pb2.GenerationEvent.FromString(event).completed.usage
             self.completed = True
         elif kind <= _LAST_DELTA:
+            if account.first_at is None:
+                account.first_at = time.monotonic()
             account.deltas += 1
 
     async def read(self) -> AsyncIterator[bytes]:
@@ -352,6 +377,15 @@ class _Pump:
         self.error = error
         self.ended = True
         self._ready.set()
+
+
+_OPERATIONS = {"Chat": "chat", "GenerateText": "text_completion", "EmbedTexts": "embeddings"}
+
+
+def _operation(method: str) -> str:
+    """The conventions' word for an RPC where they have one, else the method's own name, streamed or not."""
+    name = method.rsplit("/", 1)[-1].removeprefix("Stream")
+    return _OPERATIONS.get(name, name)
 
 
 _LAST_DELTA = 5  # text, reasoning, tool_call
@@ -396,7 +430,7 @@ class Relay:
         self.ledger = ledger
         self.placing = placing
         self._revocations = revocations
-        self._telemetry = telemetry or Telemetry.off()
+        self.telemetry = telemetry or Telemetry.off()
         self._background: set[asyncio.Task[None]] = set()
         self._expected = EXPECTED_TOKENS
 
@@ -464,6 +498,8 @@ class Relay:
             self._learn(account)
         except BaseException as error:
             account.outcome = _outcome_of(error)
+            if isinstance(error, Shed | NotStarted):
+                self.telemetry.record("argosy.queue.refused", 1, {"argosy.reason": error.reason})
             if account.failed is None:
                 account.failed = _is_replicas_fault(error) if isinstance(error, grpc.aio.AioRpcError) else None
             raise
@@ -533,7 +569,7 @@ class Relay:
                 account.failed = None if isinstance(error, NotStarted) else _is_replicas_fault(error)
                 raise error
             self._count_retry()
-        self._show(context, place)
+        self._show(account, context, place)
         account.finished = asyncio.Event()
         pump = _Pump(account, self.placing.write_stall_seconds)
         self.background(pump.run())  # reads while the metadata is on its way
@@ -555,7 +591,7 @@ class Relay:
             try:
                 await asyncio.shield(call.initial_metadata())
                 if await _refusal(call) is None:
-                    self._show(context, place)
+                    self._show(account, context, place)
                     await context.send_initial_metadata(())
                 return await asyncio.shield(reply)
             except grpc.aio.AioRpcError as error:
@@ -572,10 +608,12 @@ class Relay:
         return isinstance(error, NotStarted) or (isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNAVAILABLE)
 
     def _count_retry(self) -> None:
-        self._telemetry.record("argosy.replica.retried", 1, {"argosy.reason": "NOT_STARTED"})
+        self.telemetry.record("argosy.replica.retried", 1, {"argosy.reason": "NOT_STARTED"})
 
     @staticmethod
-    def _show(context: Any, place: Place) -> None:
+    def _show(account: _Account, context: Any, place: Place) -> None:
+        """A replica has accepted: say which in the trailers."""
+        account.admitted_at = time.monotonic()
         context.set_trailing_metadata((*(context.trailing_metadata() or ()), (status.SERVED_BY_KEY, place.served_by)))
 
     @contextlib.contextmanager
