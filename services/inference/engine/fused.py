@@ -233,6 +233,8 @@ class FusedBackend:
         library = kernels.load(weights.cache_directory(settings.cache_dir))
         dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
         threads = settings.threads or len(os.sched_getaffinity(0))
+        # torch's own threads would spin on the cores that the kernels' threads need; what is left to torch is small.
+        torch.set_num_threads(1)
         with ExitStack() as stack:
             read = _reader(directory, stack)
             return cls(description, library, read, dtype, threads, settings.kv_tokens or KV_TOKENS)

@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-enum { TILE_ROWS = 6, MAX_HEAD = 512, SPAN_ROWS = 64, SHORTLIST = 32768 };
+enum { TILE_ROWS = 6, MAX_HEAD = 512, SPAN_ROWS = 64, SHORTLIST = 32768, SCREEN_GROUPS = 8 };
 
 #define SPREAD 3.0f /* times its root mean square: where an activation starts to need a second byte */
 
@@ -249,7 +249,7 @@ int64_t argosy_candidates(Engine *engine, const Model *m, const Screen *screen, 
     }
     first[rows] = found;
     Search search = {screen, m, low, outliers, first, length, rest, from, rows, count, room, cap, list, (int)workers, logits, ids, examined};
-    share(engine->crew, (m->vocabulary + GROUP - 1) / GROUP, screen_group, &search);
+    share(engine->crew, (m->vocabulary + SCREEN_GROUPS * GROUP - 1) / (SCREEN_GROUPS * GROUP), screen_groups, &search);
     share(engine->crew, rows, decide, &search);
     return 0;
 #endif

@@ -150,22 +150,24 @@ static INLINE void screen_tile(const int R, const Search *p, long row, long grou
     }
 }
 
-static void screen_group(void *with, long group, int worker) {
+static void screen_groups(void *with, long item, int worker) {
     const Search *p = with;
     Shortlist *lists = p->lists + (long)worker * p->rows;
-    for (long row = 0; row < p->rows;) {
-        long left = p->rows - row;
-        int R = (int)(left >= TILE_ROWS ? TILE_ROWS : left);
-        switch (R) {
-            case 1: screen_tile(1, p, row, group, lists); break;
-            case 2: screen_tile(2, p, row, group, lists); break;
-            case 3: screen_tile(3, p, row, group, lists); break;
-            case 4: screen_tile(4, p, row, group, lists); break;
-            case 5: screen_tile(5, p, row, group, lists); break;
-            default: screen_tile(6, p, row, group, lists);
+    const long groups = (p->model->vocabulary + GROUP - 1) / GROUP;
+    for (long group = item * SCREEN_GROUPS; group < groups && group < (item + 1) * SCREEN_GROUPS; group++)
+        for (long row = 0; row < p->rows;) {
+            const long left = p->rows - row;
+            const int R = (int)(left >= TILE_ROWS ? TILE_ROWS : left);
+            switch (R) {
+                case 1: screen_tile(1, p, row, group, lists); break;
+                case 2: screen_tile(2, p, row, group, lists); break;
+                case 3: screen_tile(3, p, row, group, lists); break;
+                case 4: screen_tile(4, p, row, group, lists); break;
+                case 5: screen_tile(5, p, row, group, lists); break;
+                default: screen_tile(6, p, row, group, lists);
+            }
+            row += R;
         }
-        row += R;
-    }
 }
 #endif
 
