@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
@@ -38,6 +38,8 @@ class Caller:
     output_token_ceiling: int | None = None  # tokens of one request; None: the model's own
 
 
+_CLAIMS = tuple(field.name for field in fields(Caller))  # asdict would copy each value deeply, on every call
+
 CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)
 
 
@@ -60,7 +62,7 @@ class CallerSigner:
         """Return the value of `x-argosy-caller-bin`. `now` is in seconds of the epoch; `lifetime_s` is at most 60."""
         if not 0 < lifetime_s <= LIFETIME_S:
             raise ValueError(f"a caller token lives 0..{LIFETIME_S:.0f} s, not {lifetime_s}")
-        claims = asdict(caller) | {
+        claims = {name: getattr(caller, name) for name in _CLAIMS} | {
             "scopes": sorted(caller.scopes), "kid": self._kid, "aud": audience, "iat": round(now, 3), "exp": round(now + lifetime_s, 3),
         }  # fmt: skip
         body = _encode(json.dumps(claims, separators=(",", ":"), sort_keys=True).encode())

@@ -149,6 +149,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
             yield load
             if self.faults.end_watch is not None:
                 await context.abort(self.faults.end_watch, "")
+            await asyncio.sleep(0.02)  # a real engine reports no more often than it steps
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._load_changed(), 0.1 if self.running else 0.5)
 
