@@ -251,7 +251,7 @@ async def open_store(settings: StoreSettings, pepper: bytes, *, wait: bool = Fal
         pool_size=max(1, settings.database_connections // 2),
         max_overflow=0,
         pool_timeout=STATEMENT_SECONDS,
-        pool_pre_ping=False,
+        pool_pre_ping=True,  # a restart of the database must not fail the next change; hot statements have the other pool
         connect_args={"timeout": CONNECT_SECONDS, "command_timeout": STATEMENT_SECONDS + 0.5, "server_settings": _SERVER_SETTINGS},
     )
     hot = HotPool(dsn, settings.database_connections)
