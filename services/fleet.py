@@ -85,17 +85,17 @@ async def fleet(
     except (weights.ModelRefused, weights.ModelUnavailable) as error:
         raise FleetFailed(str(error)) from error
     async with AsyncExitStack() as stack:
-        verifier = CallerVerifier({gateway.caller_signing_kid: load_key(signing_key).public_key()}, AUDIENCE)
-        replicas = [
-            await stack.enter_async_context(replica(replace(engine, listener=Listener()), verifier=verifier, telemetry=telemetry))
-            for _ in range(settings.replicas)
-        ]
         if not store.database_url:
             try:
                 url = await stack.enter_async_context(embedded_postgres(settings.home / "postgres"))
             except PostgresFailed as error:
                 raise FleetFailed(str(error)) from error
             store = replace(store, database_url=url)
+        verifier = CallerVerifier({gateway.caller_signing_kid: load_key(signing_key).public_key()}, AUDIENCE)
+        replicas = [
+            await stack.enter_async_context(replica(replace(engine, listener=Listener()), verifier=verifier, telemetry=telemetry))
+            for _ in range(settings.replicas)
+        ]
         gate = await stack.enter_async_context(
             serve_gateway(
                 replace(
