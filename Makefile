@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 setup: $(STAMP)  ## virtual environment with everything in it
 
 demo: $(STAMP)  ## start the fleet on real weights and show its main job
-	@$(BIN)/python -m services.demo
+	@$(BIN)/python tools/demo.py
 
 fleet: $(STAMP)  ## the same fleet, staying up
 	@$(BIN)/python -m services.fleet
