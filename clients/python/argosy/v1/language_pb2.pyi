@@ -280,7 +280,7 @@ class SummarizeTextRequest(_message.Message):
 
     @_builtins.property
     def config(self) -> _config_pb2.GenerationConfig:
-        """How to generate. Unset: the model's defaults."""
+        """How to generate. Unset: greedy, else the model's defaults; the effective values are returned."""
 
     def __init__(
         self,
@@ -338,7 +338,7 @@ class TranslateTextRequest(_message.Message):
 
     @_builtins.property
     def config(self) -> _config_pb2.GenerationConfig:
-        """How to generate; lengths are of one text. Unset: the model's defaults."""
+        """How to generate; lengths are of one text. Unset: greedy, else the model's defaults; the effective values are returned."""
 
     def __init__(
         self,
@@ -417,7 +417,7 @@ class AnswerQuestionRequest(_message.Message):
 
     @_builtins.property
     def config(self) -> _config_pb2.GenerationConfig:
-        """GENERATIVE: how to generate. Unset: the model's defaults. Refused if EXTRACTIVE."""
+        """GENERATIVE: how to generate. Unset: greedy, else the model's defaults. Refused if EXTRACTIVE."""
 
     def __init__(
         self,
