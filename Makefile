@@ -45,12 +45,14 @@ check: $(STAMP)  ## ruff, mypy, import contracts, buf lint and breaking, stub dr
 	@if git ls-tree main buf.yaml 2>/dev/null | grep -q .; then $(BIN)/buf breaking --against '.git#branch=main'; else echo "buf breaking: no main to compare with"; fi
 	$(BIN)/python tools/gen_protos.py --check
 	$(BIN)/python tools/gen_sync_client.py --check
+	$(BIN)/python tools/gen_settings_doc.py --check
 
 protos: $(STAMP)  ## format and lint the protos, regenerate the stubs
 	$(BIN)/buf format -w
 	$(BIN)/buf lint
 	$(BIN)/python tools/gen_protos.py
 	$(BIN)/python tools/gen_sync_client.py
+	$(BIN)/python tools/gen_settings_doc.py
 
 bench: $(STAMP)  ## the engine against transformers generate()
 	$(BIN)/python benchmarks/engine.py
