@@ -251,7 +251,8 @@ class ProcessHost(Streaming):
         assert wire is not None and process is not None  # after `_spawn`
         while not wire.closed.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(wire.closed.wait(), hang_s / 4)
+                async with asyncio.timeout(hang_s / 4):  # not wait_for, which on Python 3.11 may swallow a cancellation
+                    await wire.closed.wait()
             owes = self._streams or self._leaving
             if owes and asyncio.get_running_loop().time() - self._heard_at > hang_s and process.returncode is None:
                 log.error("the engine has said nothing for %.0f s", hang_s)
@@ -261,7 +262,8 @@ class ProcessHost(Streaming):
         if self._process is None:
             return True
         try:
-            await asyncio.wait_for(self._process.wait(), within_s)
+            async with asyncio.timeout(within_s):
+                await self._process.wait()
         except TimeoutError:
             return False
         return True
@@ -329,7 +331,8 @@ class InlineHost(Streaming):
         self._post(Drain())
         for within_s in (grace_s, LEAVE_S):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), within_s)
+                async with asyncio.timeout(within_s):
+                    await self._ended.wait()
                 break
             self.abort(*self._streams)
         await self.close()

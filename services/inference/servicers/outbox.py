@@ -86,7 +86,8 @@ class Outbox:
                 return self._take(next(iter(self._pending))) if self._pending else None
             self._wake.clear()
             try:
-                await asyncio.wait_for(self._wake.wait(), self._heartbeat_s)
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._wake.wait()
             except TimeoutError:
                 if begun:  # Started is first, whatever it waits for
                     place = self.queue_position if self.phase == Phase.PHASE_WAITING else 0
