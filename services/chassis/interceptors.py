@@ -27,10 +27,10 @@ from services.chassis.errors import (
     DeadlineExceeded,
     Draining,
     FieldInvalid,
-    FieldOutOfRange,
     Internal,
     MetadataInvalid,
     MetadataTooLarge,
+    PromptTooLong,
     ServiceError,
     StreamLost,
 )
@@ -244,7 +244,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         if request is grpc.aio.EOF:  # type: ignore[attr-defined]  # missing in the stubs
             raise FieldInvalid(rule="no_message")
         if self._request_bytes is not None and len(request) > self._request_bytes:
-            raise FieldOutOfRange("", len(request), self._request_bytes, "bytes")
+            raise PromptTooLong("", len(request), self._request_bytes)  # A1: only a text can be this large
         return deserialize(request) if deserialize else request
 
 

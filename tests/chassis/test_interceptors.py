@@ -129,9 +129,9 @@ async def test_message_caps() -> None:
         error = await failure(call(b"x" * 1_001))
         info = unpacked(error)["ErrorInfo"]
         assert (info.reason, dict(info.metadata)) == (
-            "FIELD_OUT_OF_RANGE", {"field": "", "asked": "1001", "limit": "1000", "unit": "bytes"},
+            "PROMPT_TOO_LONG", {"field": "", "asked": "1001", "limit": "1000", "unit": "bytes"},
         )  # fmt: skip
-        assert await reason_of(call(b"x" * 4_000)) == "FIELD_OUT_OF_RANGE"
+        assert await reason_of(call(b"x" * 4_000)) == "PROMPT_TOO_LONG"
         assert (await failure(call(b"x" * 4_001))).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert parsed == 1
 
