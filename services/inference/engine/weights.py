@@ -183,10 +183,11 @@ def _download(model: str, tell: Progress) -> Path:
         return bars.update(bar, n)
 
     bar = type("Bar", (bars,), {"update": update})
+    wanted = [*FILES, "tokenizer_config.json", "chat_template.jinja"]  # the template is in either
     try:
         with contextlib.suppress(errors.LocalEntryNotFoundError):
-            return Path(hub.snapshot_download(model, allow_patterns=list(FILES), local_files_only=True))
-        return Path(hub.snapshot_download(model, allow_patterns=list(FILES), tqdm_class=bar))
+            return Path(hub.snapshot_download(model, allow_patterns=wanted, local_files_only=True))
+        return Path(hub.snapshot_download(model, allow_patterns=wanted, tqdm_class=bar))
     except (errors.HTTPError, OSError, ValueError) as error:
         name = type(error).__name__
         raise ModelUnavailable(f"{model} is not in the local cache and the hub did not give it ({name}).") from error
