@@ -254,7 +254,10 @@ class Authentication:
         """Cut the streams of keys that may no longer be used. A store that is away cuts nobody (F15)."""
         if not self._watched:
             return
-        for uid in await self._store.dead_keys(list(self._watched)):
+        dead = await self._store.dead_keys(list(self._watched))
+        if dead:
+            self._epoch += 1  # nobody may have been listening when they died
+        for uid in dead:
             for cut in self._watched.pop(uid, set()):
                 cut()
 
