@@ -1,5 +1,6 @@
 """ApiKeyService: keys that open the fleet. No key makes, changes, revives or reveals one that may do more than itself."""
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -52,7 +53,9 @@ class ApiKeyServicer:
     """argosy.admin.v1.ApiKeyService."""
 
     def __init__(self, desk: Desk, tariff: Tariff, environment: str = "live") -> None:
-        """`environment` is part of each key's text."""
+        """`environment`, [a-z]{1,16}, is part of each key's text. Raises ValueError for another."""
+        if not re.fullmatch(r"[a-z]{1,16}", environment):
+            raise ValueError("the key environment must be 1 to 16 small letters")  # no key made with it could be parsed
         self._desk = desk
         self._currency = tariff.currency_code
         self._environment = environment
