@@ -156,12 +156,13 @@ async def measure(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 async def memory(call: Call, gateway: psutil.Process, requests: int) -> dict[str, float]:
-    """The gateway's resident memory: at a tenth, at half, and at the end of `requests`."""
-    seen: dict[str, float] = {}
+    """The gateway's resident memory in MiB: at a tenth, at half, and at the end of `requests`; and how many of these failed."""
+    seen: dict[str, float] = {"failed_requests": 0.0}
     done = 0
     for name, share in (("tenth", 0.1), ("half", 0.5), ("end", 1.0)):
         while done < share * requests:
-            await asyncio.gather(*(one(call) for _ in range(50)))
+            outcomes = await asyncio.gather(*(one(call) for _ in range(50)), return_exceptions=True)
+            seen["failed_requests"] += sum(isinstance(outcome, BaseException) for outcome in outcomes)
             done += 50
         seen[name] = round(gateway.memory_info().rss / 2**20, 1)
     return seen
