@@ -1,6 +1,6 @@
 """What the books cost: a reservation, a settlement and a key's look-up, on the embedded PostgreSQL with durability on.
 
-    python -m benchmarks.ledger
+python -m benchmarks.ledger
 """
 
 import argparse

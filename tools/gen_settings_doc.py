@@ -24,7 +24,8 @@ HEAD = """# Settings
 
 Every service reads its settings from environment variables when it starts, reports all wrong ones at once and exits with 2. This file is
 made from the code by tools/gen_settings_doc.py. `OTEL_EXPORTER_OTLP_ENDPOINT` (OpenTelemetry's own variable) names a collector for traces
-and metrics over HTTP; the Python client and the command line read `ARGOSY_ADDRESS`, `ARGOSY_API_KEY`, `ARGOSY_CA` and `ARGOSY_DEFAULT_MODEL`.
+and metrics over HTTP. The Python client and the command line read `ARGOSY_ADDRESS`, `ARGOSY_API_KEY`, `ARGOSY_CA` and, the command line
+alone, `ARGOSY_DEFAULT_MODEL`.
 """
 SECTIONS: tuple[tuple[str, tuple[type[Any], ...]], ...] = (
     ("Every server", (Listener, TelemetrySettings)),

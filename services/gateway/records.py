@@ -26,9 +26,7 @@ GRANT_COLUMNS = (
 
 _now = func.clock_timestamp()
 _OPERATORS = {"=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-_key_state = case(
-    (and_(api_keys.c.state == "ACTIVE", api_keys.c.expire_time <= _now), literal("EXPIRED")), else_=api_keys.c.state
-)
+_key_state = case((and_(api_keys.c.state == "ACTIVE", api_keys.c.expire_time <= _now), literal("EXPIRED")), else_=api_keys.c.state)
 _keys = select(*(column for column in api_keys.c if column.name != "state"), _key_state.label("state"))
 
 
@@ -247,10 +245,7 @@ async def usage_sums(
             group("key_uid", cast(ledger.c.key_uid, Text)),
             group("method", ledger.c.method),
             func.count().filter(ledger.c.kind == "SETTLE").label("requests"),
-            *(
-                func.sum(ledger.c[name]).label(name)
-                for name in ("input_tokens", "cached_input_tokens", "output_tokens", "passes", "nanos")
-            ),
+            *(func.sum(ledger.c[name]).label(name) for name in ("input_tokens", "cached_input_tokens", "output_tokens", "passes", "nanos")),
         )
         .where(ledger.c.project_uid == project_uid, _SETTLED, ledger.c.create_time >= start, ledger.c.create_time < end)
         .group_by(*(text(str(position)) for position in range(1, 5)))

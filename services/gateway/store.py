@@ -286,9 +286,7 @@ async def bootstrap(store: Store, kept: Path | None = None, environment: str = "
     async with store.transaction() as connection:
         await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
         project = (
-            await connection.execute(
-                text("SELECT uid FROM projects WHERE name = :name AND state <> 'DELETED'"), {"name": PLATFORM_PROJECT}
-            )
+            await connection.execute(text("SELECT uid FROM projects WHERE name = :name AND state <> 'DELETED'"), {"name": PLATFORM_PROJECT})
         ).scalar()
         if project is None:
             project = str(uuid4())
@@ -297,12 +295,15 @@ async def bootstrap(store: Store, kept: Path | None = None, environment: str = "
                 {"uid": project, "name": PLATFORM_PROJECT, "secret": os.urandom(32)},
             )
             await connection.execute(text("INSERT INTO quota_policies (project_uid) VALUES (:uid)"), {"uid": project})
-        elif kept is None and (
-            await connection.execute(
-                text("SELECT 1 FROM api_keys WHERE project_uid = :uid AND 'platform' = ANY(scopes) AND state = 'ACTIVE' LIMIT 1"),
-                {"uid": project},
-            )
-        ).scalar():
+        elif (
+            kept is None
+            and (
+                await connection.execute(
+                    text("SELECT 1 FROM api_keys WHERE project_uid = :uid AND 'platform' = ANY(scopes) AND state = 'ACTIVE' LIMIT 1"),
+                    {"uid": project},
+                )
+            ).scalar()
+        ):
             return ""
         minted = keys.mint(str(uuid4()), environment, store.pepper)
         await connection.execute(

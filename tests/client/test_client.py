@@ -135,9 +135,13 @@ def test_no_completed_is_failure():
 def test_a_missing_event_is_failure():
     said = events(["a", "b"])
     del said[2]
-    with fake_gateway(script=said) as fake, client(fake) as library, library.stream_generate("Hello") as stream:
-        with pytest.raises(errors.StreamLost):
-            list(stream)
+    with (
+        fake_gateway(script=said) as fake,
+        client(fake) as library,
+        library.stream_generate("Hello") as stream,
+        pytest.raises(errors.StreamLost),
+    ):
+        list(stream)
 
 
 def test_fold_adds_up_outputs_logprobs_and_tool_calls():

@@ -414,9 +414,7 @@ async def test_caller_sees_its_limits_in_effect(fleet: Fleet) -> None:
     _, token = await add_key(fleet.store, uid, ("generate",), tokens_per_minute=10, concurrent_requests=9)
     caller = await (await fleet.stubs(token))("GetCaller", api_key_pb2.GetCallerRequest())
     assert caller.project == f"projects/{name}"
-    expected = api_key_pb2.KeyLimits(
-        tokens_per_minute=10, concurrent_requests=4, cost_per_day=amounts.Cost(currency_code="USD", nanos=500)
-    )
+    expected = api_key_pb2.KeyLimits(tokens_per_minute=10, concurrent_requests=4, cost_per_day=amounts.Cost(currency_code="USD", nanos=500))
     assert caller.limits == expected
 
 

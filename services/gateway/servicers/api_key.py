@@ -96,9 +96,7 @@ class ApiKeyServicer:
             whose = await owner(connection, segment, "parent")
             listing = self._desk.listing(request.page_size, request.page_token, "keys", whose.uid, request.filter, request.order_by)
             rows = await records.list_api_keys(connection, whose.uid, conditions, order, listing.after, listing.limit)
-        shown, token = self._desk.page(
-            listing, rows, lambda row: self._shown(row, whose), lambda row: records.after_of(row, order[0])
-        )
+        shown, token = self._desk.page(listing, rows, lambda row: self._shown(row, whose), lambda row: records.after_of(row, order[0]))
         return pb.ListApiKeysResponse(api_keys=shown, next_page_token=token)
 
     async def UpdateApiKey(self, request: pb.UpdateApiKeyRequest, context: Any) -> pb.ApiKey:

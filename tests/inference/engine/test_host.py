@@ -193,7 +193,7 @@ def test_the_process_that_answers_the_wire_has_no_torch():
 async def test_a_start_that_is_given_up_leaves_no_child():
     host = ProcessHost(EngineSettings(), "tests.fakes.runner:build")
     starting = asyncio.create_task(host.start())
-    while host.pid is None:  # noqa: ASYNC110  nobody else needs an event for it
+    while host.pid is None:
         await asyncio.sleep(0)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
