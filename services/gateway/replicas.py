@@ -40,7 +40,6 @@ INFO_TIMEOUT_S = 5.0
 QUIET_S = 20.0  # an idle replica reports each 15 s
 HUNG_S = 10.0  # one that holds our calls reports each 100 ms, a long step apart: this silence means it is frozen
 BACKOFF_S, BACKOFF_CAP_S = 0.1, 2.0
-ABORT_TIMEOUT_S = 1.0
 GENERATE = "/argosy.internal.engine.v1.EngineService/Generate"
 # The gateway itself, where no caller is behind a call: a replica lets nobody in unsigned.
 GATEWAY = Caller(project_uid="", project="", key_id="gateway", scopes=frozenset(), request_id="", kv_scope="")
@@ -109,9 +108,8 @@ class Place:
 
     async def abort(self, generation_id: str, caller: Caller) -> None:
         """Ask the replica to end a generation of `caller`; its stream then ends with the usage in its trailers. Errors come through."""
-        await self.link.stub.Abort(
-            engine_pb2.AbortRequest(generation_ids=[generation_id]), timeout=ABORT_TIMEOUT_S, metadata=self.metadata(caller)
-        )
+        request, within_s = engine_pb2.AbortRequest(generation_ids=[generation_id]), self._pool.replicas.placing.abort_seconds
+        await self.link.stub.Abort(request, timeout=within_s, metadata=self.metadata(caller))
 
     def move(self) -> bool:
         """Go to another replica, after this one failed before it began. False: none is left, or the retry budget is used up."""

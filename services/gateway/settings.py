@@ -16,6 +16,7 @@ class Placing:
     queue_seconds: float = field(default=14.0, metadata={"minimum": 0.0})  # no caller hears nothing for longer than 15 s
     start_seconds: float = field(default=0.2, metadata={"minimum": 0.0})  # a replica predicted to begin later gets no more for now
     attempt_seconds: float = field(default=10.0, metadata={"minimum": 0.1})  # a replica that has not accepted by then is passed over
+    abort_seconds: float = field(default=5.0, metadata={"minimum": 0.1})  # an aborted call ends in a step; later its bill is given up
     write_stall_seconds: float = field(default=30.0, metadata={"minimum": 0.1})  # A4
     output_token_ceiling: int = field(default=4_096, metadata={"minimum": 1})  # of one output, where project and key set none
 

@@ -327,7 +327,7 @@ async def test_A5_hang_up_stops_the_engine_and_bills_what_it_did() -> None:
 
 async def test_A5_a_pod_that_ignores_the_abort_is_cut_and_billed_by_what_was_seen() -> None:
     gate = asyncio.Semaphore(3)
-    async with fake_engine(["a"] * 100, gate=gate) as engine, edge(engine) as at:
+    async with fake_engine(["a"] * 100, gate=gate) as engine, edge(engine, abort_seconds=0.3) as at:
         engine.faults.ignore_abort = True
         call = at.generation.StreamChat(chat("one two"), metadata=metadata(), timeout=30)
         async for event in call:

@@ -43,7 +43,6 @@ EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs forgot it
 USAGE_KEY = "argosy-usage-bin"  # argosy.v1.Usage, in the trailers of every end of a replica's call without Completed
 MARGIN_S = 0.2  # of the caller's deadline, kept to answer in; the replica keeps 0.05 of the rest for its own soft limit
 SOFT_MARGIN_S = 0.25
-ABORTED_WITHIN_S = 1.0  # a replica ends an aborted call within a step; after this its connection is dropped
 AHEAD_EVENTS = 64  # R6: events held for a caller that reads slower than the engine writes
 SMOOTHING = 0.05  # weight of the newest answer in the expected length
 EXPECTED_TOKENS = 256.0  # of an answer, until some have been seen
@@ -219,7 +218,7 @@ class _Account:
     async def _stop_engine(self, place: Place) -> None:
         """Abort, then read on to the trailers with the exact usage. A hang-up alone would stop it too, but tell us nothing."""
         try:
-            async with asyncio.timeout(ABORTED_WITHIN_S):
+            async with asyncio.timeout(self.relay.placing.abort_seconds):
                 await place.abort(self.generation_id, self.plan.caller)
                 if self.finished is not None:
                     await self.finished.wait()
