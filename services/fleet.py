@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import uvloop
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -78,7 +79,7 @@ async def fleet(
         FleetFailed: weights, database or engine are not to be had.
     """
     telemetry = telemetry or Telemetry.off()
-    signing_key, pepper = _secrets(settings.home / "secrets")
+    signing_key, pepper, page_token_key = _secrets(settings.home / "secrets")
     try:
         # First and alone: it says what it does, and what it makes every replica reads.
         await asyncio.to_thread(weights.prepare, engine.model, weights.cache_directory(engine.cache_dir), progress)
@@ -103,6 +104,7 @@ async def fleet(
                     inference_addresses=tuple(each.serving.address for each in replicas),
                     caller_signing_key=signing_key,
                     key_pepper=gateway.key_pepper or pepper,
+                    page_token_key=gateway.page_token_key or page_token_key,
                 ),
                 store=store,
                 books=books,
@@ -119,15 +121,15 @@ async def fleet(
         yield Running(gate.address, await bootstrap(gate.store, settings.home / "secrets" / "platform-key"))
 
 
-def _secrets(folder: Path) -> tuple[Path, str]:
-    """The key that signs callers, as a file, and the pepper of API keys; made at the first start, readable by their owner only."""
+def _secrets(folder: Path) -> tuple[Path, str, str]:
+    """The key that signs callers, as a file, the pepper of API keys and the key of page tokens; made once, for their owner's eyes only."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    signing_key, pepper = folder / "signing-key.pem", folder / "pepper"
     pem = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    for path, content in ((signing_key, pem), (pepper, os.urandom(PEPPER_BYTES).hex().encode())):
-        with suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    made = {"signing-key.pem": pem} | {name: os.urandom(PEPPER_BYTES).hex().encode() for name in ("pepper", "page-token-key")}
+    for name, content in made.items():
+        with suppress(FileExistsError), os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content)
-    return signing_key, pepper.read_text()
+    return folder / "signing-key.pem", (folder / "pepper").read_text(), (folder / "page-token-key").read_text()
 
 
 def _say(line: str) -> None:
@@ -226,7 +228,7 @@ def main() -> int:
     for name in ("ARGOSY_API_KEY", "ARGOSY_CA", "ARGOSY_DEFAULT_MODEL"):  # the client's, in the same shell
         environ.pop(name, None)
     try:
-        asyncio.run(_run(environ, as_json))
+        uvloop.run(_run(environ, as_json))
     except environment.SettingsError as error:
         print(error, file=sys.stderr)
         return 2
