@@ -229,6 +229,8 @@ class FusedBackend:
     @classmethod
     def load(cls, directory: Path, settings: EngineSettings) -> "FusedBackend":
         """Compile or fetch the kernels and pack the weights of a directory. Raises Unsupported with a sentence."""
+        if settings.int8:
+            raise Unsupported("The fused kernels have no int8 layers.")
         description = plan(json.loads((directory / "config.json").read_text()))
         library = kernels.load(weights.cache_directory(settings.cache_dir))
         dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16

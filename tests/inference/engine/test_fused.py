@@ -266,3 +266,8 @@ def test_what_the_kernels_do_not_compute_is_refused(family: tuple[Path, Any], ch
     config.pop("hidden_activation", None)
     with pytest.raises(Unsupported, match=r"\.$"):
         fused.plan({**config, **changes})
+
+
+def test_int8_layers_are_refused_and_not_ignored(gemma: Path, cache: str) -> None:
+    with pytest.raises(Unsupported, match="int8"):
+        FusedBackend.load(gemma, EngineSettings(cache_dir=cache, int8=True))
