@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import grpc
 import pytest
@@ -103,8 +104,18 @@ async def test_F2_streams_past_the_grace_end_draining_and_are_settled() -> None:
     listener = Listener(announce_seconds=0.0, grace_seconds=0.0)
     async with fake_engine(["x"] * 10_000, gate=gate) as engine, edge(engine, listener=listener) as at:
         calls = [at.generation.StreamChat(chat(), metadata=metadata(), timeout=60) for _ in range(20)]
-        running = [asyncio.ensure_future(events_of(call)) for call in calls]
-        await engine.until(lambda e: e.output_tokens == 200)
+        seen, all_seen = 0, asyncio.Event()
+
+        async def read(call: Any) -> None:
+            nonlocal seen
+            async for _ in call:
+                seen += 1
+                if seen == 20 + 200:
+                    all_seen.set()
+
+        running = [asyncio.ensure_future(read(call)) for call in calls]
+        # All that is on its way has come: a stream cut in a send could only see the core's own UNAVAILABLE.
+        await asyncio.wait_for(all_seen.wait(), 20)
         await at.gate.serving.drain()
         errors = await asyncio.gather(*running, return_exceptions=True)
         assert {reason(error) for error in errors if isinstance(error, BaseException)} == {"DRAINING"}
