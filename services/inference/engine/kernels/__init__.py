@@ -47,7 +47,7 @@ def load(cache_dir: Path) -> ctypes.CDLL:
     here = Path(__file__).parent
     source = b"".join((here / name).read_bytes() for name in SOURCES)
     compiler = find_compiler()
-    version = _run([*compiler, "--version"]) if compiler[-1] != "cc" or len(compiler) == 1 else _run([*compiler[:-1], "version"])
+    version = _run([*compiler, "--version"])
     known = "\n".join([*compiler, version, *FLAGS, *sorted(cpu_flags())]).encode()
     target = cache_dir / "kernels" / f"{hashlib.sha256(source + known).hexdigest()[:24]}.so"
     if not target.exists():
