@@ -185,7 +185,7 @@ class Serving:
         if self.inflight.count:
             log.warning("cutting %d calls", self.inflight.count)
             self.inflight.cut()
-            await self.inflight.idle(1)
+            await self.inflight.idle(3)  # the engines are told to stop first, and their counts waited for
         await self._server.stop(0)  # ends Watch, and handlers stuck in a send
         await stopping
         log.info("drained")
