@@ -308,7 +308,7 @@ async def test_a_pods_own_refusal_passes_unchanged() -> None:
             await at.generation.Chat(chat("one two three", config=config), metadata=metadata())
         info = error_info(error.value)
         assert info is not None and dict(info.metadata)["limit"] == "61"
-        assert (await settled(at))[0].outcome is Outcome.FAILED
+        assert (await settled(at))[0].outcome is Outcome.SHED
 
 
 async def test_A5_hang_up_stops_the_engine_and_bills_what_it_did() -> None:

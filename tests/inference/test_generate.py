@@ -420,6 +420,8 @@ async def test_F4_engine_lost_mid_stream():
         assert (error.code(), reason(error)[0]) == (grpc.StatusCode.UNAVAILABLE, "STREAM_LOST")
         assert trailers(error)["last_seq"] == str(events[-1].sequence)
         assert kinds(events)[-1] != "completed"
+        billed = usage_pb2.Usage.FromString(trailers(error)[USAGE_KEY])
+        assert (billed.input_tokens, billed.output_tokens) == (events[0].started.prompt_tokens, 1), "what had come is billed"
         await replica.until(NOT_SERVING)
         error, events = await failure(replica.call(text("the")))
         assert (reason(error)[0], events) == ("NOT_STARTED", [])

@@ -299,7 +299,7 @@ class _Pump:
         except SlowConsumer as stalled:
             self.error = stalled
             self.abandoned = True
-            account.close(Outcome.FAILED)  # frees the engine first: the caller may not read its error for long
+            account.close(Outcome.CANCELLED)  # billed as one who leaves; before the error, which may not be read for long
             await self._drain(call)
         except (grpc.aio.AioRpcError, StreamLost) as error:
             self.error = error
@@ -406,6 +406,14 @@ _FAULTS = frozenset(
         grpc.StatusCode.UNKNOWN,
         grpc.StatusCode.DATA_LOSS,
         grpc.StatusCode.UNIMPLEMENTED,
+    }
+)
+_CALLERS_FAULTS = frozenset(  # a replica that refuses the request itself, or a reader it waited for in vain
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
     }
 )
 _POLITE = frozenset({"SHED", "DRAINING"})  # a replica that says so works as it should
@@ -661,7 +669,7 @@ def _outcome_of(error: BaseException) -> Outcome:
         return Outcome.SHED
     if isinstance(error, StreamLost):
         return Outcome.LOST
-    if isinstance(error, KeyRevoked):
+    if isinstance(error, KeyRevoked | SlowConsumer):
         return Outcome.CANCELLED
     if isinstance(error, grpc.aio.AioRpcError):
         match error.code():
@@ -669,6 +677,8 @@ def _outcome_of(error: BaseException) -> Outcome:
                 return Outcome.DEADLINE
             case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
                 return Outcome.LOST if progress().admitted else Outcome.SHED
+            case code if code in _CALLERS_FAULTS:
+                return Outcome.CANCELLED if progress().admitted else Outcome.SHED
     return Outcome.FAILED
 
 

@@ -59,6 +59,12 @@ class Spent:
         self.prefill_s += done.timings.prefill_s
         self.decode_s += done.timings.decode_s
 
+    def lose(self, prompt_tokens: int, output_tokens: int) -> None:
+        """What is known of a call whose engine died without its counts. A token that came shows that the prompt was computed (F4)."""
+        if output_tokens:
+            self.input_tokens += prompt_tokens
+            self.output_tokens += output_tokens
+
     def usage(self) -> usage_pb2.Usage:
         """As billed."""
         return usage_pb2.Usage(
@@ -237,11 +243,13 @@ class Generation:
             work_class=self.who.work_class,
         )
         self._live.add(call.id)
+        tokens = 0
         try:
             async with aclosing(self.host.submit(call)) as messages:  # leaving it early ends the call within a step
                 async for message in messages:
                     match message:
                         case Token():
+                            tokens += 1
                             self._token(call, plan, written[message.index], message, visible)
                         case Ended():
                             self._ended(plan, written[message.index], message.reason, visible, finish)
@@ -251,6 +259,9 @@ class Generation:
                             self._done(message, written)
                         case _:
                             continue
+        except EngineLost:
+            self.spent.lose(len(call.prompt), tokens)
+            raise
         finally:
             self._live.discard(call.id)
         return written[0]
