@@ -31,7 +31,6 @@ from services.inference.engine.calls import (
     Hello,
     Load,
     Score,
-    Scored,
     Stop,
     Timings,
     ToEngine,
@@ -214,7 +213,7 @@ class Engine:
         """All of a Score or Embed is computed."""
         call = live.call
         if isinstance(call, Score):
-            self._events.append(Scored(call.id, live.continuations(call), live.first_probes))
+            self._events.append(live.scored(call))
         elif isinstance(call, Embed):
             self._events.append(Embedded(call.id, tuple(live.vectors[i] for i in range(len(call.inputs)))))
         self._finish(live, None)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from math import isfinite
 
 from services.inference.engine.blocks import blocks_for
-from services.inference.engine.calls import Call, Continuation, Embed, Generate, PromptScored, Sampling, Score, Timings, Usage
+from services.inference.engine.calls import Call, Continuation, Embed, Generate, PromptScored, Sampling, Score, Scored, Timings, Usage
 from services.inference.engine.sequence import Report, Sequence, State
 from services.inference.engine.step import BLOCK_SIZE, Draw, Row, RowResult
 
@@ -55,21 +55,19 @@ class Live:
         return self._sequence(index, call.prompt, report, draw)
 
     def _continuations(self, call: Score) -> list[Sequence]:
-        sequences = []
-        first, first_probes = len(call.prefix) - 1, call.first_probes
+        """The prefix alone first: its last position tells of every continuation's first token, and a one-token label needs no more."""
+        last = len(call.prefix) - 1
+        starts = tuple(continuation[0] for continuation in call.continuations if continuation)
+        sequences = [self._sequence(len(call.continuations), call.prefix, Report(last, [None], call.probes, call.first_probes + starts))]
         for index, continuation in enumerate(call.continuations):
-            targets: list[int | None] = list(continuation)
+            targets: list[int | None] = list(continuation[1:])
             computed = continuation[:-1]
-            if call.probes:
+            if call.probes and continuation:
                 # Something is asked after the last token too: compute it.
                 targets.append(None)
                 computed = continuation
             if targets:
-                report = Report(first, targets, call.probes, first_probes)
-                sequences.append(self._sequence(index, call.prefix + computed, report))
-                first_probes = ()
-        if first_probes:  # and no continuation to ask them along with
-            sequences.append(self._sequence(len(call.continuations), call.prefix, Report(first, [None], (), first_probes)))
+                sequences.append(self._sequence(index, call.prefix + computed, Report(last + 1, targets, call.probes)))
         return sequences
 
     def _sequence(
@@ -120,9 +118,19 @@ class Live:
         self.prompt_scores_due = False
         return PromptScored(self.call.id, tuple(next(iter(self.logprobs.values()), ())), tuple(self.top))
 
-    def continuations(self, call: Score) -> tuple[Continuation, ...]:
-        """In the order asked."""
-        return tuple(Continuation(tuple(self.logprobs.get(i, ())), tuple(self.probes.get(i, ()))) for i in range(len(call.continuations)))
+    def scored(self, call: Score) -> Scored:
+        """The answer, in the order asked."""
+        asked = len(call.first_probes)
+        starts = iter(self.first_probes[asked:])
+        shared = tuple(self.probes.get(len(call.continuations), ()))  # one row, of the prefix's last position
+        items = tuple(
+            Continuation(
+                (next(starts), *self.logprobs.get(index, ())) if continuation else (),
+                (*shared, *self.probes.get(index, ())),
+            )
+            for index, continuation in enumerate(call.continuations)
+        )
+        return Scored(call.id, items, self.first_probes[:asked])
 
     def usage(self, finished: bool) -> Usage:
         """What was computed, or found in the cache: all of the input if `finished`, else as far as it came."""
