@@ -1,6 +1,8 @@
 """One step as tensors: rows in, choices out (tensors). Implements `step.Runner` over any `backend.Backend`."""
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -34,11 +36,10 @@ class TorchRunner:
             hidden = self.backend.forward(batch)
             # One reduction and one wait for the device, whatever the number of rows.
             sound = torch.isfinite(hidden).all(-1).tolist()
-            for row, result, (first, end) in zip(rows, results, spans, strict=True):
+            for result, (first, end) in zip(results, spans, strict=True):
                 if not all(sound[first:end]):
                     result.error = "nan"
-                elif row.probe is not None:
-                    self._probe(hidden, first, row, row.probe, result)
+            self._probe(hidden, rows, results, spans)
             self._draw(hidden, rows, results, spans)
             self._pool(hidden, rows, results, spans)
         return results
@@ -66,28 +67,25 @@ class TorchRunner:
                 result = results[b]
                 result.token, result.logprob, result.top, result.error = choice.token, choice.logprob, choice.top, choice.error
 
-    def _probe(self, hidden: torch.Tensor, first: int, row: Row, probe: Probe, result: RowResult) -> None:
-        """Log-softmax at the probe's offsets, SLICE rows of the vocabulary at a time."""
-        asked = sorted({offset for offset, _ in probe.targets})
-        place = {offset: n for n, offset in enumerate(range(len(row.tokens)) if row.pool else asked)}
-        for begin in range(0, len(probe.targets), SLICE):
-            part = probe.targets[begin : begin + SLICE]
-            logits = self.backend.logits(hidden[[first + place[offset] for offset, _ in part]])
+    def _probe(self, hidden: torch.Tensor, rows: Sequence[Row], results: list[RowResult], spans: list[tuple[int, int]]) -> None:
+        """Log-softmax at the probes' offsets: SLICE positions at a time, of many rows together, for each slice reads the output matrix."""
+        asked = []  # (row, which of its targets, place of its state)
+        for b, row in enumerate(rows):
+            if row.probe is not None and results[b].error is None:
+                offsets = range(len(row.tokens)) if row.pool else sorted({offset for offset, _ in row.probe.targets})
+                place = {offset: spans[b][0] + n for n, offset in enumerate(offsets)}
+                asked += [(b, n, place[offset]) for n, (offset, _) in enumerate(row.probe.targets)]
+        for begin in range(0, len(asked), SLICE):
+            part = asked[begin : begin + SLICE]
+            logits = self.backend.logits(hidden[[state for _, _, state in part]])
             norms = torch.logsumexp(logits, -1)
-            if not bool(torch.isfinite(norms).all()):
-                result.error = "nan"
-                return
-            targets = torch.tensor([[target or 0] for _, target in part], device=logits.device)
-            found = (logits.gather(1, targets)[:, 0] - norms).tolist()
-            result.target_logprobs += [None if target is None else value for (_, target), value in zip(part, found, strict=True)]
-            if probe.probes:
-                result.probe_logprobs += map(tuple, (logits[:, list(probe.probes)] - norms[:, None]).tolist())
-            if probe.first_probes and begin == 0:
-                result.first_probe_logprobs = tuple((logits[0, list(probe.first_probes)] - norms[0]).tolist())
-            if probe.top:
-                values, ids = largest(logits, probe.top)
-                pairs = zip(ids.tolist(), (values - norms[:, None]).tolist(), strict=True)
-                result.probe_top += [tuple(zip(i, v, strict=True)) for i, v in pairs]
+            end = 0
+            for b, group in groupby(part, key=itemgetter(0)):
+                members = [n for _, n, _ in group]
+                first, end = end, end + len(members)
+                probe = rows[b].probe
+                if probe is not None and results[b].error is None:
+                    _tell(probe, members, logits[first:end], norms[first:end], results[b])
 
     def _pool(self, hidden: torch.Tensor, rows: Sequence[Row], results: list[RowResult], spans: list[tuple[int, int]]) -> None:
         """Last, when nothing of the step can fail any more: a repeated step must not add its states twice."""
@@ -98,6 +96,25 @@ class TorchRunner:
                 result.error = "gap"
             elif row.pool_ends:
                 result.vector = self.pools.take(row.key)
+
+
+def _tell(probe: Probe, members: Sequence[int], logits: torch.Tensor, norms: torch.Tensor, result: RowResult) -> None:
+    """Add what is asked at the probe's targets `members`, whose logits these are."""
+    if not bool(torch.isfinite(norms).all()):
+        result.error = "nan"
+        return
+    wanted = [probe.targets[n][1] for n in members]
+    ids = torch.tensor([[target or 0] for target in wanted], device=logits.device)
+    found = (logits.gather(1, ids)[:, 0] - norms).tolist()
+    result.target_logprobs += [None if target is None else value for target, value in zip(wanted, found, strict=True)]
+    if probe.probes:
+        result.probe_logprobs += map(tuple, (logits[:, list(probe.probes)] - norms[:, None]).tolist())
+    if probe.first_probes and members[0] == 0:
+        result.first_probe_logprobs = tuple((logits[0, list(probe.first_probes)] - norms[0]).tolist())
+    if probe.top:
+        values, best = largest(logits, probe.top)
+        pairs = zip(best.tolist(), (values - norms[:, None]).tolist(), strict=True)
+        result.probe_top += [tuple(zip(i, v, strict=True)) for i, v in pairs]
 
 
 def pack(rows: Sequence[Row], device: torch.device) -> tuple[Batch, list[tuple[int, int]]]:
