@@ -64,34 +64,47 @@ _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 3
 _TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2.5)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1_024, 2_048, 4_096, 16_384, 65_536)
 _RPC = ("rpc.method", "rpc.response.status_code")
-_MODEL = ("gen_ai.operation.name", "gen_ai.request.model")
+_MODEL = ("argosy.service", "gen_ai.operation.name", "gen_ai.request.model")  # both the gateway and the replica behind it measure
+_CLASS = ("argosy.work_class",)
+_REASON = ("argosy.reason",)
 
 METRICS: Mapping[str, Metric] = {
     row.name: row
     for row in (
         Metric("rpc.server.call.duration", "histogram", "s", "Time from the door to the status.", _RPC, _SECONDS),
         Metric("rpc.client.call.duration", "histogram", "s", "Time of a call to another of our services.", _RPC, _SECONDS),
-        Metric("gen_ai.server.request.duration", "histogram", "s", "Time of one generation.", (*_MODEL, "error.type"), _SECONDS),
-        Metric("gen_ai.server.time_to_first_token", "histogram", "s", "From admission to the first token.", _MODEL, _SECONDS),
+        Metric(
+            "gen_ai.server.request.duration", "histogram", "s", "Time of one generation or encoding.", (*_MODEL, "error.type"), _SECONDS
+        ),
+        Metric("gen_ai.server.time_to_first_token", "histogram", "s", "From its acceptance to the first token.", _MODEL, _SECONDS),
         Metric("gen_ai.server.time_per_output_token", "histogram", "s", "Mean gap between tokens after it.", _MODEL, _TOKEN_SECONDS),
-        Metric("gen_ai.client.token.usage", "histogram", "{token}", "Tokens billed.", (*_MODEL, "gen_ai.token.type"), _COUNTS),
+        Metric("gen_ai.client.token.usage", "histogram", "{token}", "Tokens of one request.", (*_MODEL, "gen_ai.token.type"), _COUNTS),
         Metric("argosy.inflight", "gauge", "{call}", "Calls inside the door."),
-        Metric("argosy.queue.length", "gauge", "{request}", "Requests that wait for admission.", ("argosy.work_class",)),
-        Metric("argosy.queue.tokens", "gauge", "{token}", "Tokens that wait for admission.", ("argosy.work_class",)),
-        Metric("argosy.queue.wait", "histogram", "s", "Time from arrival to admission.", ("argosy.work_class",), _SECONDS),
-        Metric("argosy.queue.refused", "counter", "{request}", "Requests not admitted.", ("argosy.reason",)),
-        Metric("argosy.auth.refused", "counter", "{call}", "Credentials not accepted.", ("argosy.reason",)),
+        Metric("argosy.queue.length", "gauge", "{request}", "Requests that wait for admission.", _CLASS),
+        Metric("argosy.queue.tokens", "gauge", "{token}", "Tokens that wait for admission.", _CLASS),
+        Metric("argosy.queue.predicted", "gauge", "s", "Predicted wait of a request that came now.", _CLASS),
+        Metric("argosy.queue.wait", "histogram", "s", "Time from arrival to admission.", _CLASS, _SECONDS),
+        Metric("argosy.queue.refused", "counter", "{request}", "Requests not admitted: quotas, books, shed, no replica.", _REASON),
+        Metric("argosy.auth.refused", "counter", "{call}", "Credentials not accepted.", _REASON),
+        Metric("argosy.auth.revoked", "counter", "{call}", "Running calls cut for a revoked key."),
+        Metric("argosy.ledger.duration", "histogram", "s", "Time of one entry in the books.", ("argosy.operation",), _SECONDS),
         Metric("argosy.ledger.settled", "counter", "{request}", "Requests settled.", ("argosy.outcome",)),
-        Metric("argosy.ledger.spooled", "gauge", "{request}", "Settlements that wait for the store in the journal."),
-        Metric("argosy.replica.ready", "gauge", "{replica}", "Replicas that may be chosen."),
-        Metric("argosy.replica.ejected", "counter", "{replica}", "Ejections of a replica.", ("argosy.reason",)),
-        Metric("argosy.replica.retried", "counter", "{request}", "Requests started again elsewhere.", ("argosy.reason",)),
+        Metric("argosy.ledger.away", "gauge", "1", "1 while the store is away and the books are kept in the journal."),
+        Metric("argosy.ledger.spooled", "gauge", "By", "Entries in the journal that wait for the store."),
+        Metric("argosy.replica.ready", "gauge", "{replica}", "Replicas that can be reached and say they are well."),
+        Metric("argosy.replica.barred", "gauge", "{replica}", "Reachable replicas that are ejected for their failures now."),
+        Metric("argosy.replica.inflight", "gauge", "{call}", "Calls of ours on a replica.", ("argosy.replica",)),
+        Metric("argosy.replica.ejected", "counter", "{replica}", "Replicas that took no more calls, for a time.", _REASON),
+        Metric("argosy.replica.retried", "counter", "{request}", "Requests started again elsewhere.", _REASON),
+        Metric("argosy.engine.waiting", "gauge", "{sequence}", "Sequences that wait for the engine."),
+        Metric("argosy.engine.running", "gauge", "{sequence}", "Sequences that the engine runs."),
+        Metric("argosy.engine.queued", "gauge", "{token}", "Prompt tokens not yet computed."),
         Metric("argosy.kv.tokens.total", "gauge", "{token}", "Size of the KV cache."),
         Metric("argosy.kv.tokens.free", "gauge", "{token}", "Room in the KV cache, evictable blocks included."),
         Metric("argosy.kv.tokens.hit", "counter", "{token}", "Prompt tokens found in the prefix cache."),
-        Metric("argosy.kv.preempted", "counter", "{request}", "Sequences that gave up their blocks and start again."),
+        Metric("argosy.kv.blocks.total", "gauge", "{block}", "Blocks of the KV cache."),
+        Metric("argosy.kv.blocks.free", "gauge", "{block}", "Blocks that a new sequence could have, evictable ones included."),
         Metric("argosy.batch.rows", "histogram", "{sequence}", "Sequences in one engine step.", (), _COUNTS),
-        Metric("argosy.batch.tokens", "histogram", "{token}", "Tokens in one engine step.", (), _COUNTS),
         Metric("argosy.batch.duration", "histogram", "s", "Time of one engine step.", (), _SECONDS),
         Metric("argosy.engine.restarted", "counter", "{process}", "Starts of an engine process after its first."),
         Metric("argosy.loop.lag", "histogram", "s", "How late the event loop ran a timer.", (), _SECONDS),
@@ -207,6 +220,7 @@ class Telemetry:
         self._spans: TracerProvider | None = None
         self._instruments: dict[str, Any] = {}
         self._records: set[asyncio.Task[None]] = set()
+        self._inside = 0  # calls, of every server that shares this object
         self._propagator = TraceContextTextMapPropagator()
         if meters is not None:
             meter = meters.get_meter("argosy")
@@ -289,6 +303,7 @@ class Telemetry:
         span = self.tracer.start_span(incoming.method.lstrip("/"), self._parent(incoming), trace.SpanKind.SERVER, {"rpc.system": "grpc"})
         attach(trace.set_span_in_context(span))  # never detached: the task dies with the RPC
         code = grpc.StatusCode.OK
+        self._count(incoming, +1)
         try:
             yield
         except BaseException as error:
@@ -300,7 +315,13 @@ class Telemetry:
             if code is not grpc.StatusCode.OK:
                 span.set_status(trace.StatusCode.ERROR, code.name)
             span.end()
+            self._count(incoming, -1)
             self._observe("rpc.server.call.duration", began, incoming.method, code)
+
+    def _count(self, incoming: Incoming, by: int) -> None:
+        if not incoming.exempt:
+            self._inside += by
+            self.record("argosy.inflight", self._inside)
 
     def _parent(self, incoming: Incoming) -> Context:
         carrier = {k: v for k, v in incoming.invocation_metadata if k in ("traceparent", "tracestate") and isinstance(v, str)}
@@ -326,8 +347,11 @@ class Telemetry:
         return client_interceptors(lambda details: details._replace(metadata=self.inject(details.metadata or ())), self._watch_call)
 
     def _watch_call(self, details: Any, call: Any) -> None:
+        self.watch_call(details.method.decode() if isinstance(details.method, bytes) else details.method, call)
+
+    def watch_call(self, method: str, call: Any) -> None:
+        """Measure a grpc.aio call that has just been made; for a channel without `interceptors`, which cost a hop an event."""
         began = time.perf_counter()
-        method = details.method.decode() if isinstance(details.method, bytes) else details.method
 
         async def observe() -> None:
             self._observe("rpc.client.call.duration", began, method, await call.code())
@@ -538,7 +562,8 @@ def configure_logs(level: str = "INFO", stream: TextIO | None = None) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     logging.raiseExceptions = False  # a full disk drops the line, not the request
-    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # a collector that is away is counted, not told each time
+    for exporter in ("opentelemetry", "urllib3"):
+        logging.getLogger(exporter).setLevel(logging.CRITICAL)  # a collector that is away is counted, not told each time
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

@@ -14,6 +14,11 @@ async def measure(engine: Host, telemetry: Telemetry) -> None:
         if before is None or load.steps < before.steps:
             before = load
         block = engine.hello.block_size if engine.ready else 0
+        telemetry.record("argosy.engine.waiting", load.waiting_sequences)
+        telemetry.record("argosy.engine.running", load.running_sequences)
+        telemetry.record("argosy.engine.queued", load.queued_tokens)
+        telemetry.record("argosy.kv.blocks.total", load.total_blocks)
+        telemetry.record("argosy.kv.blocks.free", load.free_blocks)
         telemetry.record("argosy.kv.tokens.total", load.total_blocks * block)
         telemetry.record("argosy.kv.tokens.free", load.free_blocks * block)
         if hits := max(0, load.cached_tokens - before.cached_tokens):

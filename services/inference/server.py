@@ -81,7 +81,9 @@ async def replica(
     engine = host or ProcessHost(settings.engine())
     pace = Pace(settings.heartbeat_seconds, settings.write_stall_seconds)
     draining: list[Serving] = []
-    servicer = EngineServicer(engine, pace, settings.max_waiting, draining=lambda: bool(draining) and draining[0].inflight.draining)
+    servicer = EngineServicer(
+        engine, pace, settings.max_waiting, lambda: bool(draining) and draining[0].inflight.draining, telemetry or Telemetry.off()
+    )
     policy = Policy(
         authenticate=verified(verifier or CallerVerifier(_public_keys(settings.caller_public_keys), AUDIENCE)),
         deadline_cap_s=lambda method: settings.max_stream_seconds if method.rsplit("/", 1)[-1] in LONG else UNARY_SECONDS,
@@ -95,7 +97,9 @@ async def replica(
         signals=signals,
     ) as serving:
         draining.append(serving)
-        follower = asyncio.create_task(_follow(settings, engine, servicer, serving, vocabulary, progress), name="engine follower")
+        follower = asyncio.create_task(
+            _follow(settings, engine, servicer, serving, vocabulary, progress, telemetry), name="engine follower"
+        )
         follower.add_done_callback(_report)
         measuring = asyncio.create_task(measure(engine, telemetry), name="engine gauges") if telemetry is not None else None
         try:
@@ -116,6 +120,7 @@ async def _follow(
     serving: Serving,
     vocabulary: Vocabulary | None,
     progress: weights.Progress | None,
+    telemetry: Telemetry | None,
 ) -> None:
     """Start the engine, answer once it is warm, and keep the replica's readiness that of the engine."""
     # Both read the model's directory; whichever prepares it first, the other waits for its lock.
@@ -126,11 +131,15 @@ async def _follow(
     tokenizer, template = vocabulary or (reading.result() if reading else _vocabulary(settings, progress))
     name = model_name(settings.model_name or (DEFAULT_MODEL if settings.model == hello.model == "default" else hello.model))
     canary = Canary(engine, (*tokenizer.prefix, *tokenizer.encode(Canary.PROMPT)), settings.canary_seconds)
+    lives = 0
     async with aclosing(engine.watch_ready()) as states:  # type: ignore[type-var]
         async for ready in states:
             if not ready:
                 await serving.unready()
                 continue
+            lives += 1
+            if lives > 1 and telemetry is not None:
+                telemetry.record("argosy.engine.restarted", 1)
             servicer.warm(Model(name, engine.hello, tokenizer, template, new_instance()))
             await serving.ready()
             log.info("replica ready")

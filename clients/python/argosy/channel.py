@@ -9,6 +9,13 @@ from pathlib import Path
 import grpc
 from grpc import aio
 
+try:
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+except ImportError:  # no dependency of ours: a program that traces itself has it
+    _PROPAGATOR = None
+else:
+    _PROPAGATOR = TraceContextTextMapPropagator()
+
 # Only calls that the fleet makes safe: reads, and what carries a request_id. gRPC repeats them before the fleet's first answer only.
 _RETRIED = (
     {"service": "argosy.v1.GenerationService"},
@@ -66,8 +73,11 @@ class Target:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What authenticates each call."""
-        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+        """What goes along with a call made now: the credential, and the caller's current trace if its program traces itself."""
+        carrier: dict[str, str] = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        if _PROPAGATOR is not None:
+            _PROPAGATOR.inject(carrier)  # W3C traceparent and tracestate; nothing where there is no span
+        return tuple(carrier.items())
 
     def _credentials(self) -> grpc.ChannelCredentials:
         return grpc.ssl_channel_credentials(self.ca.read_bytes() if self.ca else None)

@@ -20,6 +20,7 @@ from services.inference.engine.calls import Done, Embed, Embedded, Score, Scored
 from services.inference.engine.host import EngineLost, EngineNotReady, Host
 from services.inference.languages import Language
 from services.inference.servicers.generating import DEADLINE_MARGIN_S, Who, refusal
+from services.inference.servicers.measured import Work
 from services.inference.servicers.plans import Planner
 
 __all__ = ["Encoder"]
@@ -46,8 +47,9 @@ Left = Callable[[], float]
 class Spending:
     """The engine's counts of one request, kept where the door can read them whatever happens."""
 
-    def __init__(self, who: Who, usage: usage_pb2.Usage, left_s: Left) -> None:
+    def __init__(self, who: Who, work: Work, usage: usage_pb2.Usage, left_s: Left) -> None:
         self.who = who
+        self.work = work
         self.left_s = left_s
         self._usage = usage
         self._number = itertools.count(1)
@@ -99,11 +101,11 @@ class Encoder:
         self._baselines: OrderedDict[bytes, list[float]] = OrderedDict()
 
     async def encode(
-        self, request: engine_pb2.EncodeRequest, who: Who, model: content_pb2.ServedModel, usage: usage_pb2.Usage, left_s: Left
+        self, request: engine_pb2.EncodeRequest, who: Who, work: Work, model: content_pb2.ServedModel, usage: usage_pb2.Usage, left_s: Left
     ) -> engine_pb2.EncodeResponse:
         """The caller's reply, whole. `usage` grows as calls end."""
         usage.cached_input_tokens = 0  # known, even where nothing was cached
-        spending = Spending(who, usage, left_s)
+        spending = Spending(who, work, usage, left_s)
         match request.WhichOneof("task"):
             case "classify":
                 labels = await self.classify(request.classify, spending)
@@ -126,15 +128,18 @@ class Encoder:
     async def _ask(self, call: Score | Embed, spending: Spending) -> Scored | Embedded:
         reply: Scored | Embedded | None = None
         try:
-            async with aclosing(self._host.submit(call)) as messages:  # leaving it early ends the call
-                async for message in messages:
-                    match message:
-                        case Scored() | Embedded():
-                            reply = message
-                        case Done():
-                            spending.add(message)
-                        case _:
-                            assert not isinstance(message, Token)  # nothing generates here
+            # Leaving it early ends the call.
+            with spending.work.call(call) as told:
+                async with aclosing(self._host.submit(call)) as messages:
+                    async for message in messages:
+                        match message:
+                            case Scored() | Embedded():
+                                reply = message
+                            case Done():
+                                told.done = message
+                                spending.add(message)
+                            case _:
+                                assert not isinstance(message, Token)  # nothing generates here
         except EngineNotReady:
             raise NotStarted from None
         except EngineLost:
@@ -240,14 +245,14 @@ class Encoder:
             self._baselines.popitem(last=False)
         return known
 
-    async def language(self, text: str, who: Who, usage: usage_pb2.Usage, left_s: Left) -> Language:
+    async def language(self, text: str, who: Who, work: Work, usage: usage_pb2.Usage, left_s: Left) -> Language:
         """The language of a text: by its script, then by the likelihood of its name, at `usage`. Raises UnsupportedLanguage."""
         tags = languages.tell(text)
         if not tags:
             raise UnsupportedLanguage("source_language")
         if len(tags) == 1:
             return Language(tags[0], languages.LANGUAGES[tags[0]])
-        spending = Spending(who, usage, left_s)
+        spending = Spending(who, work, usage, left_s)
         names = await self._continuations([languages.LANGUAGES[tag] for tag in tags])
 
         async def scores(sample: str) -> list[float]:

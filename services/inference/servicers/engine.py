@@ -19,11 +19,13 @@ from services.chassis.channel import remaining
 from services.chassis.errors import CallerLeft, Internal, ModelCapability, ModelNotServed, NotStarted, ServiceError, Shed, SlowConsumer
 from services.chassis.identity import CALLER, Caller
 from services.chassis.interceptors import progress
+from services.chassis.telemetry import Telemetry
 from services.inference.engine.calls import Hello, Load, Sampling, WorkClass
 from services.inference.engine.host import Host
 from services.inference.servicers.config import asked_from_proto, default_config
 from services.inference.servicers.encoding import Encoder
 from services.inference.servicers.generating import Generation, Who, served
+from services.inference.servicers.measured import Work
 from services.inference.servicers.outbox import Outbox
 from services.inference.servicers.plans import Planner, messages_from_proto, tools_from_proto
 from services.inference.templates import ChatTemplate
@@ -32,6 +34,7 @@ from services.inference.tokenizer import Tokenizer
 __all__ = ["USAGE_KEY", "EngineServicer", "Model", "Pace"]
 
 USAGE_KEY = "argosy-usage-bin"  # argosy.v1.Usage in the trailers of every end that has no Completed
+ACCEPTED = (("argosy-accepted", "1"),)  # initial metadata: what the gateway knows an accepted call by
 VERSION = "0.1.0"
 WORK = {PublicWorkClass.WORK_CLASS_BATCH: WorkClass.BATCH}
 
@@ -59,8 +62,16 @@ class Model:
 class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     """One replica. Until `warm` is called every method answers NOT_STARTED."""
 
-    def __init__(self, host: Host, pace: Pace = Pace(), max_waiting: int = 1_024, draining: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        host: Host,
+        pace: Pace = Pace(),
+        max_waiting: int = 1_024,
+        draining: Callable[[], bool] = lambda: False,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         self._host = host
+        self._telemetry = telemetry or Telemetry.off()
         self._pace = pace
         self._max_waiting = max_waiting
         self._draining = draining
@@ -88,9 +99,10 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         defaults = Sampling(seed=0, temperature=0.0) if is_task else model.hello.default_sampling
         asked = asked_from_proto(request.config, defaults, model.hello.vocabulary, most_outputs=1 if is_task else 4)
         encoder = self._encoder
+        work = self._work(model, request.WhichOneof("prompt"))
         before = usage_pb2.Usage()  # what planning costs: finding a language may ask the engine
         try:
-            plan = await self._planner.plan(request, lambda text: encoder.language(text, who, before, _left_s))
+            plan = await self._planner.plan(request, lambda text: encoder.language(text, who, work, before, _left_s))
         except Exception:
             _tell_usage(context, before)
             raise
@@ -105,6 +117,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             tokenizer=model.tokenizer,
             context_tokens=model.hello.context,
             who=who,
+            work=work,
             asked=asked,
             plan=plan,
             started=stream_pb2.Started(
@@ -126,11 +139,12 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         pump = asyncio.create_task(generation.run(), name="generation")
         how_far = progress()
         try:
-            await context.send_initial_metadata(())
-            async with aclosing(outbox.events()) as events:
-                async for event in events:
-                    how_far.last_sequence = event.sequence
-                    yield event
+            await context.send_initial_metadata(ACCEPTED)
+            with work.measured(generation.spent.usage):
+                async with aclosing(outbox.events()) as events:
+                    async for event in events:
+                        how_far.last_sequence = event.sequence
+                        yield event
         except Exception as error:
             if isinstance(error, ServiceError) and error.last_sequence is None:
                 error.last_sequence = how_far.last_sequence
@@ -151,6 +165,9 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             raise ModelCapability("model", "adapters")
         work_class = WORK.get(request.work_class, WorkClass.INTERACTIVE)
         return model, caller, Who(request.generation_id, caller.project_uid, bytes.fromhex(caller.kv_scope), work_class)
+
+    def _work(self, model: Model, task: str | None) -> Work:
+        return Work(self._telemetry, self._host, task or "", model.name)
 
     def _loaded(self) -> Model:
         if self._model is None or not self._host.ready:
@@ -176,13 +193,15 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         key = (caller.project_uid, request.generation_id)
         if key in self._encoding:
             raise NotStarted
-        await context.send_initial_metadata(())
+        await context.send_initial_metadata(ACCEPTED)
         spent = usage_pb2.Usage()
         answers = served(request.model, model.hello.digest)
-        task = asyncio.create_task(self._encoder.encode(request, who, answers, spent, _left_s), name="encoding")
+        work = self._work(model, request.WhichOneof("task"))
+        task = asyncio.create_task(self._encoder.encode(request, who, work, answers, spent, _left_s), name="encoding")
         self._encoding[key] = task
         try:
-            return await task
+            with work.measured(lambda: spent):
+                return await task
         except asyncio.CancelledError:
             current = asyncio.current_task()
             if current is not None and current.cancelling():

@@ -16,6 +16,7 @@ from services.chassis.errors import CallerLeft, DeadlineExceeded, Internal, NotS
 from services.inference.engine.calls import Done, Ended, FinishReason, Generate, Limits, PromptScored, Token, WorkClass
 from services.inference.engine.host import EngineLost, Host, SlowReader
 from services.inference.servicers.config import Asked, limits_from_proto
+from services.inference.servicers.measured import Work
 from services.inference.servicers.outbox import Outbox
 from services.inference.servicers.plans import Plan, Segment
 from services.inference.text import OutputText
@@ -110,6 +111,7 @@ class Generation:
     tokenizer: Tokenizer
     context_tokens: int
     who: Who
+    work: Work
     asked: Asked
     plan: Plan
     started: stream_pb2.Started
@@ -245,20 +247,25 @@ class Generation:
         self._live.add(call.id)
         tokens = 0
         try:
-            async with aclosing(self.host.submit(call)) as messages:  # leaving it early ends the call within a step
-                async for message in messages:
-                    match message:
-                        case Token():
-                            tokens += 1
-                            self._token(call, plan, written[message.index], message, visible)
-                        case Ended():
-                            self._ended(plan, written[message.index], message.reason, visible, finish)
-                        case PromptScored():
-                            self._start(self._prompt_logprobs(call, message))
-                        case Done():
-                            self._done(message, written)
-                        case _:
-                            continue
+            # Leaving it early ends the call within a step.
+            with self.work.call(call) as told:
+                async with aclosing(self.host.submit(call)) as messages:
+                    async for message in messages:
+                        match message:
+                            case Token():
+                                tokens += 1
+                                self.work.token()
+                                self._token(call, plan, written[message.index], message, visible)
+                            case Ended():
+                                self._ended(plan, written[message.index], message.reason, visible, finish)
+                                told.reasons.append(written[message.index].ended or message.reason)
+                            case PromptScored():
+                                self._start(self._prompt_logprobs(call, message))
+                            case Done():
+                                told.done = message
+                                self._done(message, written)
+                            case _:
+                                continue
         except EngineLost:
             self.spent.lose(len(call.prompt), tokens)
             raise
