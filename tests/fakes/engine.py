@@ -25,6 +25,7 @@ from services.chassis.identity import CALLER_KEY, Caller, CallerRefused, CallerV
 from services.chassis.status import rich
 
 USAGE_KEY = "argosy-usage-bin"  # argosy.v1.Usage in the trailers of every end that has no Completed
+ACCEPTED = (("argosy-accepted", "1"),)
 SERVER = {"grpc.so_reuseport": 0, "grpc.http2.min_ping_interval_without_data_ms": 5_000, "grpc.keepalive_permit_without_calls": 1}
 CAPABILITIES = ("GENERATE", "CHAT_PLAIN", "CLASSIFY_ZERO_SHOT", "EMBED", "ANSWER_EXTRACTIVE", "LOGPROBS", "LOGIT_BIAS", "SEED")
 
@@ -310,7 +311,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
             self.calls.append(record)
         if method in ("Generate", "Encode"):
             self.running[request.generation_id] = record
-        await context.send_initial_metadata(())
+        await context.send_initial_metadata(ACCEPTED)
         self.changed()
         return record
 

@@ -135,10 +135,11 @@ async def test_F5_a_frozen_pod_ends_its_streams_and_fails_over_what_had_not_begu
 async def test_F5_unstarted_work_fails_over_to_a_neighbour() -> None:
     async with fake_engine(["bad"]) as hung, fake_engine(["good"]) as well, edge(hung, well, attempt_seconds=0.3) as at:
         hung.faults.hang_before = True
-        texts = [text_of(await events_of(at.generation.StreamChat(chat(), metadata=metadata(), timeout=20))) for _ in range(6)]
-        assert texts == ["good"] * 6
-        assert 0 < hung.totals["hung"] <= 5
-        await settled(at, 6)
+        # Prompts that differ: each is drawn to a replica of its own.
+        calls = [at.generation.StreamChat(chat(f"{n} ships"), metadata=metadata(), timeout=20) for n in range(12)]
+        assert [text_of(await events_of(call)) for call in calls] == ["good"] * 12
+        assert hung.totals["hung"] > 0
+        await settled(at, 12)
 
 
 async def test_F6_a_slow_pod_is_starved() -> None:

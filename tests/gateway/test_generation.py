@@ -311,6 +311,15 @@ async def test_a_pods_own_refusal_passes_unchanged() -> None:
         assert (await settled(at))[0].outcome is Outcome.SHED
 
 
+async def test_metadata_at_admission_a_refusal_is_never_taken_for_an_acceptance() -> None:
+    """gRPC shows a refusal's empty initial metadata before its status; in one of six such calls the status came late."""
+    async with fake_engine(context_tokens=64) as engine, edge(engine) as at:
+        config = config_pb2.GenerationConfig(stopping=config_pb2.Stopping(max_output_tokens=63))
+        for _ in range(60):
+            await refused(at.generation.Chat(chat("one two three", config=config), metadata=metadata()))
+        assert {settlement.outcome for settlement in await settled(at, 60)} == {Outcome.SHED}
+
+
 async def test_A5_hang_up_stops_the_engine_and_bills_what_it_did() -> None:
     gate = asyncio.Semaphore(3)
     async with fake_engine(["a"] * 100, gate=gate) as engine, edge(engine) as at:
@@ -401,9 +410,9 @@ async def test_a_generation_is_measured_by_the_conventions_names() -> None:
         seen = telemetry.exposition().decode()
     await telemetry.close()
     for line in (
-        'gen_ai_client_token_usage_sum{gen_ai_operation_name="chat",gen_ai_request_model="models/fake",gen_ai_token_type="input"} 3.0',
-        'gen_ai_client_token_usage_sum{gen_ai_operation_name="chat",gen_ai_request_model="models/fake",gen_ai_token_type="output"} 2.0',
-        'gen_ai_server_time_to_first_token_seconds_count{gen_ai_operation_name="chat",gen_ai_request_model="models/fake"} 1.0',
+        'gen_ai_client_token_usage_sum{argosy_service="gateway",gen_ai_operation_name="chat",gen_ai_request_model="models/fake",gen_ai_token_type="input"} 3.0',
+        'gen_ai_client_token_usage_sum{argosy_service="gateway",gen_ai_operation_name="chat",gen_ai_request_model="models/fake",gen_ai_token_type="output"} 2.0',
+        'gen_ai_server_time_to_first_token_seconds_count{argosy_service="gateway",gen_ai_operation_name="chat",gen_ai_request_model="models/fake"} 1.0',
         'argosy_outcome="DONE"',
     ):
         assert line in seen, seen

@@ -21,12 +21,22 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
+from opentelemetry import trace
 
 from argosy.v1 import stream_pb2, usage_pb2
 from argosy_internal.engine.v1 import engine_pb2
 from services.chassis import status
 from services.chassis.channel import remaining
-from services.chassis.errors import ApiKeyInvalid, DeadlineExceeded, KeyRevoked, NotStarted, Shed, SlowConsumer, StreamLost
+from services.chassis.errors import (
+    ApiKeyInvalid,
+    DeadlineExceeded,
+    KeyRevoked,
+    NotStarted,
+    ServiceError,
+    Shed,
+    SlowConsumer,
+    StreamLost,
+)
 from services.chassis.identity import CALLER, Caller
 from services.chassis.interceptors import progress
 from services.chassis.telemetry import Telemetry
@@ -40,7 +50,9 @@ log = logging.getLogger(__name__)
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs forgot it
 
+ENGINE_SERVICE = "/argosy.internal.engine.v1.EngineService/"
 USAGE_KEY = "argosy-usage-bin"  # argosy.v1.Usage, in the trailers of every end of a replica's call without Completed
+ACCEPTED_KEY = "argosy-accepted"  # in a replica's initial metadata; a refusal has none, though gRPC may show us its empty place first
 MARGIN_S = 0.2  # of the caller's deadline, kept to answer in; the replica keeps 0.05 of the rest for its own soft limit
 SOFT_MARGIN_S = 0.25
 AHEAD_EVENTS = 64  # R6: events held for a caller that reads slower than the engine writes
@@ -179,6 +191,7 @@ class _Account:
     prompt_tokens: int = 0  # Started's
     deltas: int = 0  # each holds a token at least: the least that can be billed when a lost replica tells nothing
     finished: "asyncio.Event | None" = None  # set when the pump has read the call's end
+    span: trace.Span = field(default_factory=trace.get_current_span)  # the door's
     began: float = field(default_factory=time.monotonic)
     admitted_at: float | None = None  # when a replica had accepted
     first_at: float | None = None  # when the first delta had come
@@ -203,17 +216,17 @@ class _Account:
             self.measure(self.relay.telemetry)
             if self.place is not None:
                 self.place.leave(failed=self.failed, cost=used.input_tokens + used.output_tokens)
-            await self.relay.ledger.settle(
-                Settlement(
-                    generation_id=self.generation_id,
-                    outcome=self.outcome,
-                    input_tokens=used.input_tokens,
-                    cached_input_tokens=used.cached_input_tokens,
-                    output_tokens=used.output_tokens,
-                    passes=used.passes,
-                    served_by=self.place.served_by if self.place is not None else "",
-                )
+            settlement = Settlement(
+                generation_id=self.generation_id,
+                outcome=self.outcome,
+                input_tokens=used.input_tokens,
+                cached_input_tokens=used.cached_input_tokens,
+                output_tokens=used.output_tokens,
+                passes=used.passes,
+                served_by=self.place.served_by if self.place is not None else "",
             )
+            with self.relay.timed("settle"):
+                await self.relay.ledger.settle(settlement)
 
     async def _stop_engine(self, place: Place) -> None:
         """Abort, then read on to the trailers with the exact usage. A hang-up alone would stop it too, but tell us nothing."""
@@ -230,7 +243,9 @@ class _Account:
     def measure(self, telemetry: Telemetry) -> None:
         """One generation as the conventions for generative models name it. Labels are our own words and served models' names."""
         used, ended = self.used(), time.monotonic()
-        kind = {"gen_ai.operation.name": _operation(self.plan.method), "gen_ai.request.model": self.plan.served.name}
+        names = {"gen_ai.operation.name": _operation(self.plan.method), "gen_ai.request.model": self.plan.served.name}
+        self.show(names, used)
+        kind = names | {"argosy.service": "gateway"}
         error = {} if self.outcome is Outcome.DONE else {"error.type": self.outcome.value}
         telemetry.record("argosy.ledger.settled", 1, {"argosy.outcome": self.outcome.value})
         telemetry.record("gen_ai.server.request.duration", ended - self.began, kind | error)
@@ -244,6 +259,19 @@ class _Account:
             if used.output_tokens > 1:
                 gap_s = (ended - self.first_at) / (used.output_tokens - 1)
                 telemetry.record("gen_ai.server.time_per_output_token", gap_s, kind)
+
+    def show(self, names: dict[str, str], used: usage_pb2.Usage) -> None:
+        """The same on the call's span."""
+        self.span.set_attributes(
+            {
+                **names,
+                "gen_ai.usage.input_tokens": used.input_tokens,
+                "gen_ai.usage.output_tokens": used.output_tokens,
+                "argosy.outcome": self.outcome.value,
+                "argosy.replica": self.place.served_by if self.place is not None else "",
+                "argosy.queue.wait": (self.admitted_at or time.monotonic()) - self.began,  # seconds
+            }
+        )
 
     def used(self) -> usage_pb2.Usage:
         """The engine's count; without one, what was seen of its work."""
@@ -458,6 +486,15 @@ class Relay:
         while self._background:
             await asyncio.wait(tuple(self._background))
 
+    @contextlib.contextmanager
+    def timed(self, operation: str) -> Iterator[None]:
+        """Measure an entry in the books."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.telemetry.record("argosy.ledger.duration", time.monotonic() - began, {"argosy.operation": operation})
+
     # --- the three kinds of call ------------------------------------------------------------------------------------------------
 
     async def stream(self, plan: Plan, request: engine_pb2.GenerateRequest, context: Any) -> Events:
@@ -498,7 +535,12 @@ class Relay:
     async def _attempt(self, plan: Plan) -> AsyncIterator[_Account]:
         """Reserve before, settle after: the one place where an attempt begins and ends."""
         account = _Account(plan, self)
-        await self._reserve(account)
+        try:
+            with self.timed("reserve"):
+                await self._reserve(account)
+        except ServiceError as refused:
+            self.telemetry.record("argosy.queue.refused", 1, {"argosy.reason": refused.reason})
+            raise
         try:
             yield account
             account.outcome = Outcome.DONE
@@ -563,10 +605,10 @@ class Relay:
             if left <= 0:
                 raise DeadlineExceeded()
             call = place.link.generate(request, timeout=left, metadata=place.metadata(plan.caller))
+            self.telemetry.watch_call(ENGINE_SERVICE + "Generate", call)
             account.call = call
             try:
-                await asyncio.wait_for(call.initial_metadata(), min(self.placing.attempt_seconds, left / 2))
-                error = await _refusal(call)
+                error = await asyncio.wait_for(_refusal(call), min(self.placing.attempt_seconds, left / 2))
             except TimeoutError:
                 call.cancel()
                 error = NotStarted()
@@ -592,12 +634,12 @@ class Relay:
             if left <= 0:
                 raise DeadlineExceeded()
             call = getattr(place.link.stub, method)(request, timeout=left, metadata=place.metadata(plan.caller))
+            self.telemetry.watch_call(ENGINE_SERVICE + method, call)
             account.call, account.finished = call, asyncio.Event()
             # A task of its own, for the pump's reason: a cancelled wait would cancel the call, and lose the bill in its trailers.
             reply = asyncio.ensure_future(_reply(call, account.finished))
             try:
-                await asyncio.shield(call.initial_metadata())
-                if await _refusal(call) is None:
+                if await asyncio.shield(_refusal(call)) is None:
                     self._show(account, context, place)
                     await context.send_initial_metadata(())
                 return await asyncio.shield(reply)
@@ -631,6 +673,7 @@ class Relay:
         how_far = progress()
 
         def cut() -> None:
+            self.telemetry.record("argosy.auth.revoked", 1)
             account.close(Outcome.CANCELLED)
             pump.fail(KeyRevoked(how_far.last_sequence or 0))
 
@@ -653,8 +696,8 @@ async def _ignore(reply: "asyncio.Future[Any]") -> None:
 
 
 async def _refusal(call: Any) -> Exception | None:
-    """The error of a call that ended before it accepted; None while it runs."""
-    if not call.done() or (code := await call.code()) is grpc.StatusCode.OK:
+    """Wait until a call is accepted or refused: None, or the error."""
+    if ACCEPTED_KEY in await call.initial_metadata() or (code := await call.code()) is grpc.StatusCode.OK:
         return None
     return _error_of(call, code, await call.trailing_metadata(), await call.details())
 
