@@ -114,7 +114,7 @@ class Place:
     def move(self) -> bool:
         """Go to another replica, after this one failed before it began. False: none is left, or the retry budget is used up."""
         pool = self._pool
-        self.link.replica.ended(self._number, pool.now(), failed=True)
+        self._ended(failed=True)
         pool.count(self.link, self.stream, -1)
         if not pool.replicas.retries.take():
             self._left_replica()
@@ -128,6 +128,13 @@ class Place:
         pool.count(link, self.stream, +1)
         return True
 
+    def _ended(self, *, failed: bool | None) -> None:
+        replica = self.link.replica
+        was = replica.standing
+        replica.ended(self._number, self._pool.now(), failed=failed)
+        if replica.standing is routing.Standing.EJECTED is not was:
+            self._pool.replicas.telemetry.record("argosy.replica.ejected", 1, {"argosy.reason": "FAILURES"})
+
     def _left_replica(self) -> None:
         self._number = 0  # `leave` must not end it twice
 
@@ -138,7 +145,7 @@ class Place:
         self._left = True
         now = self._pool.now()
         if self._number:
-            self.link.replica.ended(self._number, now, failed=failed)
+            self._ended(failed=failed)
             self._pool.count(self.link, self.stream, -1)
         assert self.waiting is not None  # set before anybody could see the place
         self._pool.admission(self.stream).leave(self.waiting, now - self._began, now, cost=cost)
@@ -301,6 +308,16 @@ class Replicas:
         """Replicas that could take a call for this model now."""
         return sum(link.replica.reachable and not link.replica.load.draining for link in self.pool(served.digest).links())
 
+    @property
+    def pools(self) -> Iterable[Pool]:
+        """Of every model that was asked for or reported."""
+        return self._pools.values()
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """Where the places on the replicas are counted."""
+        return self._telemetry
+
     def pool(self, digest: str) -> Pool:
         """The replicas of one model and the queues before them."""
         pool = self._pools.get(digest)
@@ -336,10 +353,15 @@ class Replicas:
         await self._judged.wait()
 
     async def _judge(self, link: Link) -> None:
+        was = link.replica.reachable
         link.judge()
+        if was and not link.replica.reachable:
+            self._telemetry.record("argosy.replica.ejected", 1, {"argosy.reason": "UNHEALTHY" if link.loads else "UNREACHABLE"})
         self._judged.set()
         self._judged = asyncio.Event()
-        usable = any(each.replica.reachable for each in self.links)
+        reachable = sum(each.replica.reachable for each in self.links)
+        self._telemetry.record("argosy.replica.ready", reachable)
+        usable = reachable > 0
         if usable != self.usable:
             self.usable = usable
             if self._changed is not None:

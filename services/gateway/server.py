@@ -1,5 +1,6 @@
 """The gateway's only wiring: settings and protocols in, a served address out."""
 
+import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Sequence
@@ -15,12 +16,14 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from argosy.admin.v1 import api_key_pb2, project_pb2, quota_pb2, usage_pb2
 from argosy.v1 import embedding_pb2, explanation_pb2, generation_pb2, language_pb2, model_pb2
-from services.chassis.identity import CallerSigner
-from services.chassis.interceptors import Authenticate, Policy
+from services.chassis.errors import ServiceError
+from services.chassis.identity import Caller, CallerSigner
+from services.chassis.interceptors import Authenticate, Incoming, Policy
 from services.chassis.server import Serving, public, serve
 from services.chassis.telemetry import Telemetry
 from services.gateway.access import MAX_STREAM_SECONDS
 from services.gateway.authentication import authenticating, deadline_cap_s, permit
+from services.gateway.gauges import Spooling, measure
 from services.gateway.keys import PEPPER_BYTES
 from services.gateway.ledger import Ledger, Tariff
 from services.gateway.lists import PageTokens
@@ -86,6 +89,7 @@ async def running(
     ledger: Ledger,
     authenticate: Authenticate,
     signer: CallerSigner,
+    spooling: Spooling | None = None,
     revocations: Revocations | None = None,
     administration: Sequence[Service] = (),
     pages: PageTokens | None = None,
@@ -100,7 +104,6 @@ async def running(
     serving: Serving | None = None
 
     async def changed(usable: bool) -> None:
-        telemetry.record("argosy.replica.ready", float(sum(link.replica.reachable for link in replicas.links)))
         if serving is not None:
             await (serving.ready() if usable else serving.unready())
 
@@ -125,7 +128,14 @@ async def running(
     def register(server: Any) -> None:
         server.add_generic_rpc_handlers(tuple(handlers(descriptor, servicer) for descriptor, servicer in services))
 
-    policy = Policy(authenticate=authenticate, permit=permit, deadline_cap_s=deadline_cap_s, strip="x-")
+    async def known(incoming: Incoming, context: Any) -> Caller:
+        try:
+            return await authenticate(incoming, context)
+        except ServiceError as refused:
+            telemetry.record("argosy.auth.refused", 1, {"argosy.reason": refused.reason})
+            raise
+
+    policy = Policy(authenticate=known, permit=permit, deadline_cap_s=deadline_cap_s, strip="x-")
     async with replicas.watching():
         async with serve(
             settings.listener,
@@ -138,7 +148,12 @@ async def running(
         ) as serving:
             if replicas.usable or not settings.inference_addresses:
                 await serving.ready()
-            yield Running(serving.address, serving, replicas, relay)
+            measuring = asyncio.create_task(measure(replicas, spooling, telemetry), name="gateway gauges")
+            try:
+                yield Running(serving.address, serving, replicas, relay)
+            finally:
+                measuring.cancel()
+                await asyncio.wait((measuring,))
         await relay.settled()
 
 
@@ -167,6 +182,7 @@ async def gateway(
             ledger=ledger,
             authenticate=authentication,
             signer=signer,
+            spooling=ledger,
             revocations=authentication,
             administration=administration(settings, state, pages, books.tariff()),
             pages=pages,
