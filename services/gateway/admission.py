@@ -99,6 +99,16 @@ class Admission(Generic[P]):
             queue_s = (min(ahead, own * projects + ask.cost * (projects - 1)) + self._service_cost) / tokens_per_s
         return max(queue_s, self._ready_s())
 
+    def waiting(self, rank: Rank) -> tuple[int, float]:
+        """Calls of a rank in line, and their tokens."""
+        lines = self._lines[rank].values()
+        return sum(len(line.calls) for line in lines), sum(line.cost for line in lines)
+
+    def would_wait_s(self, rank: Rank) -> float:
+        """`predicted_s` of a newcomer with a call of mean cost; 0 while a replica has room and nobody is before it."""
+        ask = Ask(project_uid="", rank=rank, cost=self._service_cost, latest_start=float("inf"))
+        return self.predicted_s(ask) if self.running or self._anyone_before(ask) else self._ready_s()
+
     def offer(self, ask: Ask, now: float, settled: Callable[[], None] = lambda: None) -> Waiting[P]:
         """Start the call, or queue it and call `settled` later. Raises Shed when it could not start in time."""
         waiting: Waiting[P] = Waiting(ask, now, settled)

@@ -94,7 +94,7 @@ class Journal:
         if self._broken:
             raise JournalBroken
         data = b"".join(map(_line, entries))
-        if self._bytes + sum(size for _, size in self._sealed.values()) + len(data) > self.max_bytes:
+        if self.bytes + len(data) > self.max_bytes:
             raise JournalFull
         self._bytes += len(data)
         written = asyncio.get_running_loop().create_future()
@@ -146,6 +146,11 @@ class Journal:
     def holds_any(self) -> bool:
         """Whether this process has written what is not yet replayed."""
         return bool(self._bytes or self._sealed)
+
+    @property
+    def bytes(self) -> int:
+        """On the disk and on its way there, not yet replayed."""
+        return self._bytes + sum(size for _, size in self._sealed.values())
 
     async def seal(self) -> list[Segment]:
         """Close the open segment to new entries; return all segments to replay: own sealed ones and those of dead processes."""

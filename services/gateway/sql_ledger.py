@@ -119,6 +119,11 @@ class SqlLedger:
         self._silent_ticks = 0
         self._in_touch_since = 0.0
 
+    @property
+    def spooled_bytes(self) -> int:
+        """What the journal holds for the store's return."""
+        return self._journal.bytes
+
     # --- the two verbs ----------------------------------------------------------------------------------------------------------
 
     async def reserve(self, reservation: Reservation) -> None:
