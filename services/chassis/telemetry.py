@@ -324,7 +324,8 @@ class Telemetry:
             self.record("argosy.inflight", self._inside)
 
     def _parent(self, incoming: Incoming) -> Context:
-        carrier = {k: v for k, v in incoming.invocation_metadata if k in ("traceparent", "tracestate") and isinstance(v, str)}
+        # No tracestate: it is free text of the caller's, and spans would carry it on (A21).
+        carrier = {key: value for key, value in incoming.invocation_metadata if key == "traceparent" and isinstance(value, str)}
         return self._propagator.extract(carrier, Context())
 
     def _observe(self, name: str, began: float, method: str, code: grpc.StatusCode) -> None:
