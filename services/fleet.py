@@ -56,6 +56,7 @@ class Running:
 
     address: str  # of the gateway
     api_key: str  # the platform's: may create projects and keys
+    hurry: Callable[[], None] = lambda: None  # cut what a drain still waits for
 
 
 class FleetFailed(Exception):
@@ -118,7 +119,8 @@ async def fleet(
             ready.cancel()
             raise FleetFailed("The engine could not start; its own words are in the log above.")
         assert gate.store is not None  # `serve_gateway` opened it
-        yield Running(gate.address, await bootstrap(gate.store, settings.home / "secrets" / "platform-key"))
+        yield Running(gate.address, await bootstrap(gate.store, settings.home / "secrets" / "platform-key"), gate.serving.hurry)
+        await gate.serving.drain(announce_s=0)  # in order, not after an error: streams may finish within the gateway's grace
 
 
 def _secrets(folder: Path) -> tuple[Path, str, str]:
@@ -185,8 +187,16 @@ async def _run(environ: dict[str, str], as_json: bool) -> None:
     read = environment.read(Environment, environ)
     books = replace(read.books, journal_dir=read.fleet.home / "journal") if "ARGOSY_JOURNAL_DIR" not in environ else read.books
     leave = asyncio.Event()
+    hurry: list[Callable[[], None]] = []
+
+    def told() -> None:
+        """Leave; told again, at once."""
+        for each in hurry if leave.is_set() else ():
+            each()
+        leave.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, leave.set)
+        asyncio.get_running_loop().add_signal_handler(number, told)
     telemetry = Telemetry.start("argosy-fleet")
     async with AsyncExitStack() as stack:
         stack.push_async_callback(telemetry.close)
@@ -213,6 +223,7 @@ async def _run(environ: dict[str, str], as_json: bool) -> None:
             await asyncio.wait((starting,))
             return
         leaving.cancel()
+        hurry.append(starting.result().hurry)
         _announce(starting.result(), metrics, as_json)
         await leave.wait()
         if not as_json:

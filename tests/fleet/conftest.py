@@ -1,5 +1,7 @@
 """Two fleets for all stories: three replicas of a tiny model, and one replica of the weights that everybody gets. Each starts once."""
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +20,17 @@ TINY = {
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder() -> Iterator[Path]:
+    """Not pytest's own: it takes the search bit from its folders, and the database's account then cannot reach its files."""
+    made = Path(tempfile.mkdtemp(prefix="argosy-fleet-"))
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(folder: Path) -> Path:
     """The directory of the tiny model."""
-    return model.save(tmp_path_factory.mktemp("weights") / "tiny")
+    return model.save(folder / "tiny-model")
 
 
 @pytest.fixture(scope="session")
@@ -30,16 +40,16 @@ def tiny_settings(tiny_model: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, str]) -> Iterator[Fleet]:
+def tiny(folder: Path, tiny_settings: dict[str, str]) -> Iterator[Fleet]:
     """Three replicas, each with an engine process, behind one gateway."""
-    with running(tmp_path_factory.mktemp("fleet") / "home", "models/tiny", ARGOSY_REPLICAS="3", **tiny_settings) as fleet:
+    with running(folder / "tiny", "models/tiny", ARGOSY_REPLICAS="3", **tiny_settings) as fleet:
         yield fleet
 
 
 @pytest.fixture(scope="session")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+def real(folder: Path) -> Iterator[Fleet]:
     """One replica of the default weights, converted once into the user's cache."""
-    with running(tmp_path_factory.mktemp("fleet") / "home", "models/gemma-3-270m") as fleet:
+    with running(folder / "real", "models/gemma-3-270m") as fleet:
         yield fleet
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,15 +37,21 @@ class Tenant:
         """Speaks as the tenant to the fleet's model."""
         return AsyncClient(self.fleet.address, self.key, model=self.fleet.model)
 
-    async def records(self, count: int, timeout_s: float = 30.0) -> list[usage_pb2.UsageRecord]:
-        """The tenant's rows in the ledger, once there are `count`."""
-        async with AsyncClient(self.fleet.address, self.fleet.api_key) as platform, asyncio.timeout(timeout_s):
+    async def records(self, count: int) -> list[usage_pb2.UsageRecord]:
+        """The tenant's rows in the ledger, once there are `count`; more are an error."""
+        rows = await self.records_until(lambda rows: len(rows) >= count)
+        assert len(rows) == count, rows
+        return rows
+
+    async def records_until(self, enough: Callable[[list[usage_pb2.UsageRecord]], bool]) -> list[usage_pb2.UsageRecord]:
+        """The tenant's rows in the ledger, once they are `enough`."""
+        request = usage_pb2.ExportUsageRequest(parent=self.project)
+        credential = (("authorization", f"Bearer {self.fleet.api_key}"),)
+        async with AsyncClient(self.fleet.address) as platform, asyncio.timeout(30):
             while True:
-                request = usage_pb2.ExportUsageRequest(parent=self.project)
-                found = [row async for row in platform.usage_service.ExportUsage(request, timeout=20, metadata=platform._target.metadata)]
-                if len(found) >= count:
-                    assert len(found) == count, found
-                    return found
+                rows = [row async for row in platform.usage_service.ExportUsage(request, timeout=20, metadata=credential)]
+                if enough(rows):
+                    return rows
                 await asyncio.sleep(0.05)  # the ledger tells nobody when it settles
 
 
@@ -99,9 +106,11 @@ class Fleet:
                     return found
                 await asyncio.sleep(0.1)  # another process writes the file
 
-    def said(self) -> str:
-        """The end of what the process logged."""
-        return (self.home / "log").read_text(errors="replace")[-3_000:]
+    def metric(self, name: str) -> float:
+        """The sum of a metric's series, as Prometheus reads it."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=10) as reply:
+            text = reply.read().decode()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith((f"{name} ", f"{name}{{")))
 
 
 def environment(home: Path, **variables: str) -> dict[str, str]:
