@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 import services.fleet
 import services.inference.server
 from services.chassis.telemetry import Telemetry
-from services.inference.engine.calls import Done, Embed, Ended, FinishReason, FromEngine, Generate, Score, Token, ToEngine
+from services.inference.engine.calls import Done, Embed, Ended, FinishReason, FromEngine, Generate, Score, ToEngine, Token
 from services.inference.engine.host import ProcessHost
 
 FOLDER = Path(os.environ.get("ARGOSY_TEST_TRUTH", "."))
@@ -28,7 +28,8 @@ class Witness(ProcessHost):
 
     def _post(self, message: ToEngine) -> None:
         if isinstance(message, Generate | Score | Embed):
-            self._counts()[message.id] = [len(message.prompt) if isinstance(message, Generate) else 0, 0]
+            # What a score or an embedding comes to, shared prefixes and all, only the engine knows.
+            self._counts()[message.id] = [len(message.prompt) if isinstance(message, Generate) else -1, 0]
         super()._post(message)
 
     def _received(self, messages: Sequence[FromEngine]) -> None:
@@ -50,6 +51,8 @@ class Witness(ProcessHost):
 
     def _write(self, call: str, done: Done | None) -> None:
         prompt, tokens = self._counts().pop(call)
+        if prompt < 0:
+            prompt = done.usage.input_tokens if done is not None else 0
         line: dict[str, object] = {"generation": call.partition(":")[0], "input": prompt, "output": tokens, "done": done is not None}
         if done is not None:
             line |= {"said_input": done.usage.input_tokens, "said_output": done.usage.output_tokens}
