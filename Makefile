@@ -19,9 +19,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): a few minutes the first time"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
-	@command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || { \
-	  echo "No C compiler here: installing one from a wheel for the CPU kernels"; \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ziglang; }
 	@touch $@
 
 setup: $(STAMP)  ## virtual environment with everything in it
