@@ -4,6 +4,8 @@ import asyncio
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from argosy.v1 import content_pb2, embedding_pb2, generation_pb2, language_pb2, 
 from services.chassis.telemetry import METRICS, SPANS_WAITING, Telemetry, configure_logs
 from services.gateway.sql_ledger import LedgerSettings, open_ledger
 from services.inference.server import inference
+from services.inference.servicers.measured import SPANS
 from services.inference.settings import InferenceSettings
 from tests.fakes.edge import VERIFIER, Edge, caller, chat, edge, events_of, metadata
 from tests.fakes.host import FakeHost
@@ -34,11 +37,11 @@ PUBLIC = "argosy.v1."
 
 
 @asynccontextmanager
-async def served(gate: Telemetry, pod: Telemetry, **more: Any) -> AsyncIterator[Edge]:
+async def served(gate: Telemetry, pod: Telemetry, host: FakeHost | None = None, **more: Any) -> AsyncIterator[Edge]:
     """A real gateway before a real replica over a scripted engine, which says back what it is asked."""
     async with (
         inference(
-            InferenceSettings(canary_seconds=3_600.0), FakeHost(), verifier=VERIFIER, vocabulary=(TOKENIZER, PLAIN), telemetry=pod
+            InferenceSettings(canary_seconds=3_600.0), host or FakeHost(), verifier=VERIFIER, vocabulary=(TOKENIZER, PLAIN), telemetry=pod
         ) as address,
         edge(addresses=(address,), reachable=1, telemetry=gate, **more) as at,
     ):
@@ -145,6 +148,35 @@ async def test_a_program_without_traces_sends_none(told: Told) -> None:
         await client.chat("hello")
 
 
+def test_the_library_needs_no_opentelemetry() -> None:
+    script = (
+        "import sys; sys.modules['opentelemetry'] = None; from argosy.client import Client; from argosy.channel import Target;"
+        " assert dict(Target('127.0.0.1:1', 'k').metadata) == {'authorization': 'Bearer k'}"
+    )
+    path = ":".join(entry for entry in sys.path if entry)
+    done = subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": path}, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+async def test_a_request_of_many_engine_calls_shows_the_first_of_them(told: Told) -> None:
+    async def ask(client: AsyncClient) -> None:
+        await client.classify([f"hello {number}" for number in range(40)], ["tech", "sport"])
+
+    found = [span.name for span in await traced(told, ask)]
+    assert found.count("engine score") == SPANS and len(found) <= 3 + 3 * SPANS
+
+
+async def test_an_engine_that_comes_back_is_counted(told: Told) -> None:
+    host = FakeHost()
+    async with served(told.gate, told.pod, host=host) as at:
+        host.lose()
+        await at.replicas.until(0)
+        host._lost.clear()
+        host.changed()
+        await at.replicas.until(1)
+        assert told.value("argosy_engine_restarted_total") == 1
+
+
 async def test_the_pod_and_the_gateway_measure_a_generation(told: Told) -> None:
     async with served(told.gate, told.pod) as at:
         await events_of(at.generation.StreamChat(chat("hello world", model="models/tiny"), metadata=metadata(), timeout=10))
@@ -194,7 +226,10 @@ def plants(at: Edge) -> list[tuple[str, Callable[[str], Any]]]:
     def header(key: str) -> Callable[[str], Any]:
         def call(text: str) -> Any:
             value: Any = text.encode() if key.endswith("-bin") else CANARY  # what is no ASCII cannot be sent in the others
-            return g.CountTokens(generation_pb2.CountTokensRequest(prompt="x", **model), metadata=(*auth, (key, value)), timeout=10)
+            sent = (("traceparent", f"00-{'ab' * 16}-{'cd' * 8}-01"), ("tracestate", f"{CANARY}={CANARY}")) if key == "tracestate" else ()
+            return g.CountTokens(
+                generation_pb2.CountTokensRequest(prompt="x", **model), metadata=(*auth, *(sent or ((key, value),))), timeout=10
+            )
 
         return call
 
