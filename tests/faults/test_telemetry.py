@@ -1,6 +1,8 @@
 """Telemetry on the whole way, client to engine: one trace, nothing of the caller's in it, bounded, and never in a request's way."""
 
 import asyncio
+import contextlib
+import gzip
 import io
 import json
 import logging
@@ -16,6 +18,8 @@ from uuid import uuid4
 import grpc
 import pytest
 import structlog
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -315,6 +319,7 @@ async def test_A21_of_planted_canaries_none_is_seen_again(
                 except grpc.aio.AioRpcError as error:
                     assert error.code() not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN), (name, error)
                     errors.append(everything(error))
+        assert ledger.away and ledger.spooled_bytes == sum(file.stat().st_size for file in tmp_path.iterdir()) > 0
         seen = {
             "metrics": told.gate.exposition().decode() + told.pod.exposition().decode(),
             "journal": "".join(file.read_text() for file in tmp_path.iterdir()),
@@ -366,7 +371,48 @@ async def test_A22_a_flood_of_names_adds_no_series_and_hides_none(told: Told) ->
     assert told.value("argosy_auth_refused_total", "argosy_reason=API_KEY_INVALID") == 310
 
 
-# --- F34: a collector that is away ----------------------------------------------------------------------------------------------------
+# --- a collector that is there, and F34: one that is away ---------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def collecting() -> AsyncIterator[tuple[str, dict[str, bytes]]]:
+    """A collector over HTTP; its address, and what came to each path."""
+    came: dict[str, bytes] = {}
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                first, *rest = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+                headers = {key.lower(): value for key, _, value in (line.partition(": ") for line in rest)}
+                body = await reader.readexactly(int(headers["content-length"]))
+                path = first.split(" ")[1]
+                came[path] = came.get(path, b"") + (gzip.decompress(body) if headers.get("content-encoding") == "gzip" else body)
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", came
+    finally:
+        server.close()
+
+
+async def test_a_collector_gets_traces_and_metrics_over_http() -> None:
+    async with collecting() as (endpoint, came):
+        telemetry = Telemetry.start("fleet", {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint})
+        async with served(telemetry, telemetry) as at:
+            await events_of(at.generation.StreamChat(chat("hello", model="models/tiny"), metadata=metadata(), timeout=10))
+        await telemetry.close(timeout_s=10)
+        spans = [
+            span
+            for resource in trace_service_pb2.ExportTraceServiceRequest.FromString(came["/v1/traces"]).resource_spans
+            for scope in resource.scope_spans
+            for span in scope.spans
+        ]
+        sums = metrics_service_pb2.ExportMetricsServiceRequest.FromString(came["/v1/metrics"]).resource_metrics
+        names = {metric.name for resource in sums for scope in resource.scope_metrics for metric in scope.metrics}
+    assert {"engine generate", "decode", PUBLIC + "GenerationService/StreamChat"} <= {span.name for span in spans}
+    assert {"gen_ai.server.request.duration", "argosy.queue.length", "argosy.kv.blocks.free"} <= names
 
 
 @asynccontextmanager
