@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 DRAWERS = {"util", "utils", "common", "helper", "helpers", "misc", "base", "manager", "managers", "shared", "lib"}
 SERVICES = ("gateway", "inference", "fleet")
 MACHINE = re.compile(r"(?<![\w./])/(?:root|home/\w|Users/\w|work/\w|mnt/\w|tmp/(?!x\b)\w)")
-REGISTRY = re.compile(r"pythonhosted\.org|pypi\.org|docker\.io|ghcr\.io|quay\.io|nvcr\.io|(?:extra-)?index-url|https?://[^/\s\"']*:[^/\s\"']*@")
+REGISTRY = re.compile(
+    r"pythonhosted\.org|pypi\.org|docker\.io|ghcr\.io|quay\.io|nvcr\.io|(?:extra-)?index-url|https?://[^/\s\"']*:[^/\s\"']*@"
+)
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 
