@@ -193,6 +193,7 @@ class _Account:
     finished: "asyncio.Event | None" = None  # set when the pump has read the call's end
     span: trace.Span = field(default_factory=trace.get_current_span)  # the door's
     began: float = field(default_factory=time.monotonic)
+    placed_at: float | None = None  # when admission had found a place
     admitted_at: float | None = None  # when a replica had accepted
     first_at: float | None = None  # when the first delta had come
     _closing: "asyncio.Task[None] | None" = None
@@ -249,9 +250,10 @@ class _Account:
         error = {} if self.outcome is Outcome.DONE else {"error.type": self.outcome.value}
         telemetry.record("argosy.ledger.settled", 1, {"argosy.outcome": self.outcome.value})
         telemetry.record("gen_ai.server.request.duration", ended - self.began, kind | error)
+        if self.placed_at is not None:
+            telemetry.record("argosy.queue.wait", self.placed_at - self.began, {"argosy.work_class": self.plan.rank.name})
         if self.admitted_at is None:
             return
-        telemetry.record("argosy.queue.wait", self.admitted_at - self.began, {"argosy.work_class": self.plan.rank.name})
         telemetry.record("gen_ai.client.token.usage", used.input_tokens, kind | {"gen_ai.token.type": "input"})
         telemetry.record("gen_ai.client.token.usage", used.output_tokens, kind | {"gen_ai.token.type": "output"})
         if self.first_at is not None:
@@ -269,7 +271,7 @@ class _Account:
                 "gen_ai.usage.output_tokens": used.output_tokens,
                 "argosy.outcome": self.outcome.value,
                 "argosy.replica": self.place.served_by if self.place is not None else "",
-                "argosy.queue.wait": (self.admitted_at or time.monotonic()) - self.began,  # seconds
+                "argosy.queue.wait": (self.placed_at or time.monotonic()) - self.began,  # seconds
             }
         )
 
@@ -515,7 +517,7 @@ class Relay:
         """The replica's reply to a classification, an embedding or an extraction."""
         async with self._attempt(plan) as account:
             request.generation_id = account.generation_id
-            account.place = await self.fleet.enter(plan.served, self._ask(plan), stream=False)
+            await self._enter(account)
             reply: engine_pb2.EncodeResponse = await self._unary(account, request, context, "Encode")
             account.usage = getattr(reply, reply.WhichOneof("result") or "classify").usage
             account.failed = False
@@ -524,7 +526,7 @@ class Relay:
     async def ask(self, plan: Plan, method: str, request: Any, context: Any) -> Any:
         """A reply that costs no tokens: CountTokens, Tokenize."""
         async with self._attempt(plan) as account:
-            account.place = await self.fleet.enter(plan.served, self._ask(plan), stream=False)
+            await self._enter(account)
             reply = await self._unary(account, request, context, method)
             account.usage, account.failed = usage_pb2.Usage(), False
             return reply
@@ -592,6 +594,11 @@ class Relay:
             prompt_tokens=plan.input_tokens,
         )
 
+    async def _enter(self, account: _Account, *, stream: bool = False) -> Place:
+        account.place = place = await self.fleet.enter(account.plan.served, self._ask(account.plan), stream=stream)
+        account.placed_at = time.monotonic()
+        return place
+
     def _learn(self, account: _Account) -> None:
         if account.plan.output_tokens and account.usage is not None:
             self._expected += SMOOTHING * (account.usage.output_tokens - self._expected)
@@ -599,7 +606,7 @@ class Relay:
     async def _generate(self, account: _Account, request: engine_pb2.GenerateRequest, context: Any) -> _Pump:
         """Find a replica that accepts the generation; from then on a pump reads it."""
         plan = account.plan
-        account.place = place = await self.fleet.enter(plan.served, self._ask(plan), stream=plan.stream)
+        place = await self._enter(account, stream=plan.stream)
         while True:
             left = remaining(MARGIN_S)
             if left <= 0:
