@@ -11,6 +11,7 @@ import grpc.aio
 import pytest
 
 from services.chassis.channel import is_local, open_channel, streaming
+from services.chassis.server import Listener
 from tests.chassis.echo import Client, calling, echo, text
 from tests.chassis.peer import peer
 from tests.chassis.test_status import drained, failure
@@ -79,6 +80,29 @@ async def test_streaming_leaves_a_finished_call_as_it_was() -> None:
         assert await events.code() is grpc.StatusCode.OK
 
 
+async def test_run_ahead_is_bounded() -> None:
+    """A server stops a few thousand small messages ahead of a stopped reader; by default it ran 51,000 ahead, and went on."""
+    written = 0
+
+    async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        nonlocal written
+        while written < 100_000:
+            written += 1
+            yield text("x" * 38)  # 40 B on the wire
+
+    async with echo({"Stream": stream}) as serving, calling(serving.address) as caller, streaming(caller.stream(text(""))) as events:
+        await events.read()
+        before = -1
+        while before < written < 100_000:  # until it stands still, of which nothing tells
+            before = written
+            await asyncio.sleep(0.5)
+        assert written < 10_000
+        ahead = written
+        for _ in range(ahead):
+            assert len((await events.read()).value) == 38
+        assert written > ahead, "a reader who reads on sets it going again"
+
+
 @pytest.mark.parametrize(
     "address, local",
     [
@@ -123,8 +147,23 @@ async def frozen_client() -> None:
         assert await serving.inflight.idle(5)
 
 
-async def test_F5_frozen_peer_and_test_frozen_client_is_freed() -> None:
-    await asyncio.gather(frozen_peer(0), frozen_client())
+async def returning_pod() -> None:
+    """A pod that was away for 11 s is found within core's capped backoff, 2 s and a fifth; the default would look again 5 s later."""
+    async with echo() as serving:
+        address = serving.address
+        async with calling(address) as caller:
+            assert (await caller.unary(text("a"))).value == "unary a"
+            await serving.drain(announce_s=0, grace_s=0)
+            assert (await failure(caller.unary(text("b"), timeout=20))).code() is grpc.StatusCode.UNAVAILABLE
+            waiting = caller.unary(text("c"), wait_for_ready=True, timeout=30)
+            asked = asyncio.ensure_future(waiting)
+            await asyncio.sleep(11)  # away, while the channel knocks
+            async with echo(listener=Listener(address, announce_seconds=0)), asyncio.timeout(4):
+                assert (await asked).value == "unary c"
+
+
+async def test_F5_frozen_peer_and_test_frozen_client_is_freed_and_test_pod_returns_fast() -> None:
+    await asyncio.gather(frozen_peer(0), frozen_client(), returning_pod())
 
 
 @pytest.mark.skipif("ARGOSY_SOAK" not in os.environ, reason="a minute of silence; set ARGOSY_SOAK to run it")

@@ -67,6 +67,40 @@ async def test_stream_cap() -> None:
     assert refused == 200
 
 
+async def test_connection_age_keeps_streams() -> None:
+    """An aged connection is left without an error: a stream on it ends whole, unary calls move on; past the grace a stream dies."""
+    moved = asyncio.Event()
+
+    async def peers(request: Any, context: Any) -> Any:
+        return text(context.peer())
+
+    async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        yield text("a")
+        await moved.wait()
+        yield text("b")
+
+    async def kept() -> None:
+        options = {**public(300), "grpc.max_connection_age_ms": 1_000}
+        async with echo({"Unary": peers, "Stream": stream}, options=options) as serving, calling(serving.address) as caller:
+            events = caller.stream(text(""))
+            await events.read()
+            connections: set[str] = set()
+            async with asyncio.timeout(30):
+                while len(connections) < 4:
+                    connections.add((await caller.unary(text(""), timeout=10)).value)
+            moved.set()
+            assert (await events.read()).value == "b"
+            assert await events.read() is grpc.aio.EOF  # type: ignore[attr-defined]
+            assert await events.code() is grpc.StatusCode.OK
+
+    async def cut() -> None:
+        options = {**public(300), "grpc.max_connection_age_ms": 500, "grpc.max_connection_age_grace_ms": 500}
+        async with echo({"Stream": forever}, options=options) as serving, calling(serving.address) as caller:
+            assert (await failure(drained(caller.stream(text(""), timeout=30)))).code() is grpc.StatusCode.UNAVAILABLE
+
+    await asyncio.gather(kept(), cut())
+
+
 async def test_port_clash_is_loud() -> None:
     async with echo() as serving:
         with pytest.raises(RuntimeError, match="bind"):
