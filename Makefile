@@ -66,5 +66,9 @@ bench: $(STAMP)  ## the engine against transformers generate(), and its quality
 bench-vllm: $(STAMP) .venv-vllm/.installed  ## the engine against transformers and vLLM's CPU build, in one run
 	$(BIN)/python benchmarks/engine.py --vllm .venv-vllm/bin/python
 
+bench-served: $(STAMP)  ## the fleet against the engine alone; prefix cache, starts, overload, memory, relay
+	@for what in served prefix_cache start overload memory relay; do \
+	  printf '\n## %s\n' "$$what" && $(BIN)/python -m benchmarks.$$what || exit 1; done
+
 clean:  ## remove what make made
 	rm -rf $(VENV) .venv-* build .mypy_cache .ruff_cache .pytest_cache
