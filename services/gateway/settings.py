@@ -18,9 +18,9 @@ class Placing:
     attempt_seconds: float = field(default=10.0, metadata={"minimum": 0.1})  # a replica that has not accepted by then is passed over
     abort_seconds: float = field(default=5.0, metadata={"minimum": 0.1})  # an aborted call ends in a step; later its bill is given up
     write_stall_seconds: float = field(default=30.0, metadata={"minimum": 0.1})  # A4
-    output_token_ceiling: int = field(
+    output_token_ceiling: int = field(  # of one output, where project and key set none
         default=4_096, metadata={"minimum": 1, "maximum": 262_144}
-    )  # of one output, if no key or quota has one
+    )
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ async def frozen_client() -> None:
 
 
 async def returning_pod() -> None:
-    """A pod that was away for 11 s is found within core's capped backoff, 2 s and a fifth; the default would look again 5 s later."""
+    """A pod that was away for 10.5 s is found within core's capped backoff, 2 s and a fifth; the default would look again 5 s later."""
     async with echo() as serving:
         address = serving.address
         async with calling(address) as caller:
@@ -157,8 +157,8 @@ async def returning_pod() -> None:
             assert (await failure(caller.unary(text("b"), timeout=20))).code() is grpc.StatusCode.UNAVAILABLE
             waiting = caller.unary(text("c"), wait_for_ready=True, timeout=30)
             asked = asyncio.ensure_future(waiting)
-            await asyncio.sleep(11)  # away, while the channel knocks
-            async with echo(listener=Listener(address, announce_seconds=0)), asyncio.timeout(4):
+            await asyncio.sleep(10.5)  # away, while the channel knocks
+            async with echo(listener=Listener(address, announce_seconds=0)), asyncio.timeout(3.5):
                 assert (await asked).value == "unary c"
 
 
