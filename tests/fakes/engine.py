@@ -311,7 +311,13 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
             self.calls.append(record)
         if method in ("Generate", "Encode"):
             self.running[request.generation_id] = record
-        await context.send_initial_metadata(ACCEPTED)
+        try:
+            await context.send_initial_metadata(ACCEPTED)
+        except BaseException:
+            record.ended = "CANCELLED"
+            if method in ("Generate", "Encode"):
+                self._end(record, request.generation_id)
+            raise
         self.changed()
         return record
 
