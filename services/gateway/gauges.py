@@ -5,6 +5,7 @@ import math
 from typing import Protocol
 
 from services.chassis.telemetry import Telemetry
+from services.gateway.access import MAX_STREAM_SECONDS
 from services.gateway.admission import Rank
 from services.gateway.replicas import Replicas
 from services.gateway.routing import Standing
@@ -31,7 +32,10 @@ async def measure(replicas: Replicas, books: Spooling | None, telemetry: Telemet
 
 
 def sample(replicas: Replicas, books: Spooling | None, telemetry: Telemetry) -> None:
-    """One look. A queue's gauges are sums over the models, its predicted wait that of the worst; infinite without a replica."""
+    """One look. A queue's gauges are sums over the models, its predicted wait that of the worst.
+
+    Without a replica it would be infinite, which the meter refuses: it is then the longest that any call may wait.
+    """
     record = telemetry.record
     reachable = [link.replica for link in replicas.links if link.replica.reachable]
     record("argosy.replica.barred", sum(replica.standing is Standing.EJECTED for replica in reachable))
@@ -43,7 +47,8 @@ def sample(replicas: Replicas, books: Spooling | None, telemetry: Telemetry) -> 
         waiting = [queue.waiting(rank) for queue in queues]
         record("argosy.queue.length", sum(calls for calls, _ in waiting), kind)
         record("argosy.queue.tokens", sum(tokens for _, tokens in waiting), kind)
-        record("argosy.queue.predicted", max((queue.would_wait_s(rank) for queue in queues), default=math.inf), kind)
+        predicted_s = max((queue.would_wait_s(rank) for queue in queues), default=math.inf)
+        record("argosy.queue.predicted", min(predicted_s, MAX_STREAM_SECONDS), kind)
     if books is not None:
         record("argosy.ledger.away", books.away)
         record("argosy.ledger.spooled", books.spooled_bytes)
