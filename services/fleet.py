@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from services.chassis import settings as environment
 from services.chassis.identity import CallerVerifier
 from services.chassis.server import Listener
-from services.chassis.telemetry import Telemetry, TelemetrySettings
+from services.chassis.telemetry import Telemetry, TelemetrySettings, configure_logs
 from services.gateway.keys import PEPPER_BYTES
 from services.gateway.server import gateway as serve_gateway
 from services.gateway.server import signing_key as load_key
@@ -185,6 +185,7 @@ async def _run(environ: dict[str, str], as_json: bool) -> None:
     environ.setdefault("ARGOSY_ADDRESS", ADDRESS)
     environ.setdefault("ARGOSY_REFLECTION", "true")  # a laptop's fleet; a release's gateway keeps it off
     read = environment.read(Environment, environ)
+    configure_logs(read.telemetry.log_level)
     books = replace(read.books, journal_dir=read.fleet.home / "journal") if "ARGOSY_JOURNAL_DIR" not in environ else read.books
     leave = asyncio.Event()
     hurry: list[Callable[[], None]] = []
@@ -243,7 +244,7 @@ def main() -> int:
     except environment.SettingsError as error:
         print(error, file=sys.stderr)
         return 2
-    except (FleetFailed, OSError) as error:
+    except (FleetFailed, PostgresFailed, OSError) as error:
         logging.getLogger(__name__).debug("the fleet failed", exc_info=True)
         print(f"argosy: {error}", file=sys.stderr)
         return 1
