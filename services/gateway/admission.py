@@ -18,7 +18,8 @@ P = TypeVar("P")  # a placement: whatever `start` returns for a call that found 
 
 RETRY_AFTER_MIN_S = 0.1
 RETRY_AFTER_MAX_S = 30.0
-SMOOTHING = 0.1  # weight of the newest call in the measured service time
+SMOOTHING = 0.1  # weight of the newest call in the mean cost
+KEEP = 0.9  # share of the past that each start from the line leaves: the mean of about the last ten
 
 
 class Rank(enum.IntEnum):
@@ -36,6 +37,7 @@ class Ask:
     rank: Rank
     cost: float  # tokens, prompt and expected output
     latest_start: float  # monotonic seconds; a later start could no longer answer in time
+    latest_end: float = float("inf")  # monotonic seconds; a later end is of no use to the caller
     key: bytes | None = None  # prefix affinity, for `start`
     prompt_tokens: int = 0
 
@@ -53,6 +55,25 @@ class Waiting(Generic[P]):
 
 
 @dataclass(slots=True)
+class _Flow:
+    """How fast the line moves: tokens of the calls that started from it, over the time that somebody waited."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    since: float = 0.0  # of the last start, or of when the line formed
+
+    def started(self, cost: float, now: float) -> None:
+        """The first in line has started."""
+        self.tokens = self.tokens * KEEP + cost
+        self.seconds = self.seconds * KEEP + max(now - self.since, 1e-6)
+        self.since = now
+
+    def wait_s(self, cost: float, now: float) -> float:
+        """Seconds that so many tokens take to start. A line that has stopped counts as slower by the second. 0 until known."""
+        return cost * (self.seconds + max(0.0, now - self.since)) / self.tokens if self.tokens else 0.0
+
+
+@dataclass(slots=True)
 class _Line(Generic[P]):
     """The calls of one project in one rank, and the tokens it was given (a virtual counter)."""
 
@@ -64,8 +85,9 @@ class _Line(Generic[P]):
 class Admission(Generic[P]):
     """The queue before one budget.
 
-    `start(ask)` places the call on a replica with room, or returns None. `ready_s()` predicts the seconds until the least loaded
-    replica would begin one more prompt; infinite when there is no replica.
+    `start(ask)` places the call on a replica with room, or returns None; it raises Shed where there is room, but the call could not
+    end in time. `ready_s()` predicts the seconds until the least loaded replica would begin one more prompt; infinite when there is
+    no replica.
     """
 
     def __init__(self, start: Callable[[Ask], P | None], ready_s: Callable[[], float] = lambda: 0.0, *, max_queued: int = 1_024) -> None:
@@ -76,11 +98,14 @@ class Admission(Generic[P]):
         self._given: tuple[dict[str, float], ...] = ({}, {})
         self.queued = 0
         self.running = 0
-        self._service_s = 0.0  # of a mean call, smoothed; 0 until one has ended
-        self._service_cost = 0.0
+        self._flow = _Flow()
+        self._mean_cost = 0.0  # of a call, smoothed; 0 until one has ended
 
-    def predicted_s(self, ask: Ask) -> float:
-        """Seconds until a call like this would start if it queued now."""
+    def predicted_s(self, ask: Ask, now: float) -> float:
+        """Seconds until a call like this would start if it queued now.
+
+        From how fast the line moves, whatever holds it up: judged by the calls that run, a burst at an idle fleet would look hopeless.
+        """
         ahead = own = 0.0
         projects = 1
         for rank in Rank:
@@ -92,12 +117,9 @@ class Admission(Generic[P]):
                     own += line.cost
                 else:
                     projects += 1
-        queue_s = 0.0
-        if self._service_s and self.running:
-            tokens_per_s = self.running * self._service_cost / self._service_s
-            # Turns are fair: nobody waits for more than its own tokens once for each project in line.
-            queue_s = (min(ahead, own * projects + ask.cost * (projects - 1)) + self._service_cost) / tokens_per_s
-        return max(queue_s, self._ready_s())
+        # Turns are fair: nobody waits for more than its own tokens once for each project in line.
+        before = min(ahead, own * projects + ask.cost * (projects - 1))
+        return max(self._flow.wait_s(before + self._mean_cost, now if self.queued else self._flow.since), self._ready_s())
 
     def waiting(self, rank: Rank) -> tuple[int, float]:
         """Calls of a rank in line, and their tokens."""
@@ -105,23 +127,25 @@ class Admission(Generic[P]):
         return sum(len(line.calls) for line in lines), sum(line.cost for line in lines)
 
     def would_wait_s(self, rank: Rank) -> float:
-        """`predicted_s` of a newcomer with a call of mean cost; 0 while a replica has room and nobody is before it."""
-        ask = Ask(project_uid="", rank=rank, cost=self._service_cost, latest_start=float("inf"))
-        return self.predicted_s(ask) if self.running or self._anyone_before(ask) else self._ready_s()
+        """`predicted_s` of a newcomer with a call of mean cost; the replicas' own wait while nobody is before it."""
+        ask = Ask(project_uid="", rank=rank, cost=self._mean_cost, latest_start=float("inf"))
+        return self.predicted_s(ask, self._flow.since) if self._anyone_before(ask) else self._ready_s()
 
     def offer(self, ask: Ask, now: float, settled: Callable[[], None] = lambda: None) -> Waiting[P]:
-        """Start the call, or queue it and call `settled` later. Raises Shed when it could not start in time."""
+        """Start the call, or queue it and call `settled` later. Raises Shed when it could not start, or end, in time."""
         waiting: Waiting[P] = Waiting(ask, now, settled)
         if not self._anyone_before(ask) and (placement := self._start(ask)) is not None:
             self.running += 1
             waiting.placement = placement
             return waiting
-        predicted = self.predicted_s(ask)
+        predicted = self.predicted_s(ask, now)
         left = ask.latest_start - now
         if predicted > left:
             raise Shed(_retry_after(predicted - left))
         if self.queued >= self._max_queued:
             self._make_place(ask, predicted)
+        if not self.queued:
+            self._flow.since = now
         line = self._line(ask)
         line.calls.append(waiting)
         line.cost += ask.cost
@@ -135,13 +159,11 @@ class Admission(Generic[P]):
             self._lines[waiting.ask.rank][waiting.ask.project_uid].calls.remove(waiting)
             self._forget(waiting)
 
-    def leave(self, waiting: Waiting[P], service_s: float, now: float, *, cost: float | None = None) -> None:
-        """A started call has ended after `service_s`, having cost this many tokens; its place goes to the next in line."""
+    def leave(self, waiting: Waiting[P], now: float, *, cost: float | None = None) -> None:
+        """A started call has ended, having cost this many tokens; its place goes to the next in line."""
         self.running -= 1
         spent = max(1.0, waiting.ask.cost if cost is None else cost)
-        weight = SMOOTHING if self._service_s else 1.0
-        self._service_s += weight * (max(service_s, 1e-4) - self._service_s)
-        self._service_cost += weight * (spent - self._service_cost)
+        self._mean_cost += (SMOOTHING if self._mean_cost else 1.0) * (spent - self._mean_cost)
         self.pump(now)
 
     def pump(self, now: float) -> None:
@@ -152,10 +174,16 @@ class Admission(Generic[P]):
                 self._pop(line)
                 self._refuse(waiting, 0.0)
                 continue
-            placement = self._start(waiting.ask)
+            try:
+                placement = self._start(waiting.ask)
+            except Shed as refusal:  # it would end too late by now; whoever is next may still be in time
+                self._pop(line)
+                self._refuse(waiting, refusal.retry_after_s or 0.0)
+                continue
             if placement is None:
                 return
             self._pop(line)
+            self._flow.started(waiting.ask.cost, now)
             self._given[waiting.ask.rank][waiting.ask.project_uid] = line.given = line.given + waiting.ask.cost
             self.running += 1
             waiting.placement = placement

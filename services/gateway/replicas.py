@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -27,7 +27,7 @@ from services.chassis.errors import NotStarted, Shed
 from services.chassis.identity import CALLER_KEY, Caller, CallerSigner
 from services.chassis.telemetry import Telemetry
 from services.gateway import routing
-from services.gateway.admission import Admission, Ask, Waiting
+from services.gateway.admission import RETRY_AFTER_MIN_S, Admission, Ask, Waiting
 from services.gateway.catalog import Catalog, Served
 from services.gateway.settings import Placing
 
@@ -40,6 +40,7 @@ INFO_TIMEOUT_S = 5.0
 QUIET_S = 20.0  # an idle replica reports each 15 s
 HUNG_S = 10.0  # one that holds our calls reports each 100 ms, a long step apart: this silence means it is frozen
 BACKOFF_S, BACKOFF_CAP_S = 0.1, 2.0
+HASTE = 1.25  # an answer is taken to need so many times what is predicted: calls that come later will slow it
 GENERATE = "/argosy.internal.engine.v1.EngineService/Generate"
 # The gateway itself, where no caller is behind a call: a replica lets nobody in unsigned.
 GATEWAY = Caller(project_uid="", project="", key_id="gateway", scopes=frozenset(), request_id="", kv_scope="")
@@ -89,7 +90,6 @@ class Place:
     ask: Ask
     stream: bool
     _number: int
-    _began: float
     waiting: Waiting["Place"] | None = None
     _left: bool = False
 
@@ -148,7 +148,7 @@ class Place:
             self._ended(failed=failed)
             self._pool.count(self.link, self.stream, -1)
         assert self.waiting is not None  # set before anybody could see the place
-        self._pool.admission(self.stream).leave(self.waiting, now - self._began, now, cost=cost)
+        self._pool.admission(self.stream).leave(self.waiting, now, cost=cost)
 
 
 @dataclass(eq=False)
@@ -195,19 +195,28 @@ class Pool:
         return routing.Work(ask.prompt_tokens, max(1, round(ask.cost) - ask.prompt_tokens))
 
     def choose(self, ask: Ask, stream: bool, *, without: frozenset[str] = frozenset()) -> Link | None:
-        """The best replica with a free place for `ask`."""
+        """The best replica with a free place for `ask`. Raises Shed where there are places, and all would answer too late."""
         placing, links = self.replicas.placing, self.links()
         peers = [link.replica for link in links]
-        full = {
+        full = frozenset(
             link.replica.name
             for link in links
             if (link.streams >= placing.streams_per_replica if stream else link.unary >= placing.unary_per_replica)
             or (link.replica.in_flight and routing.start_s(link.replica, peers) > placing.start_seconds)
-        }
-        chosen = routing.choose(
-            peers, self.work(ask), self.now(), key=ask.key, salt=os.urandom(4), without=without | full, retry=bool(without)
         )
+        chosen = self._choose(ask, without | full | (frozenset() if without else self._late(ask, peers)), without)
+        if chosen is None and not without and self._choose(ask, full, without) is not None:
+            raise Shed(RETRY_AFTER_MIN_S)
         return next((link for link in links if link.replica is chosen), None)
+
+    def _choose(self, ask: Ask, barred: frozenset[str], failed: frozenset[str]) -> routing.Replica | None:
+        peers = [link.replica for link in self.links()]
+        return routing.choose(peers, self.work(ask), self.now(), key=ask.key, salt=os.urandom(4), without=barred, retry=bool(failed))
+
+    def _late(self, ask: Ask, peers: Sequence[routing.Replica]) -> frozenset[str]:
+        """The replicas where one call more would be answered too late, as it would make all of theirs. Idle ones are as fast as can be."""
+        left, work = ask.latest_end - self.now(), self.work(ask)
+        return frozenset(peer.name for peer in peers if peer.in_flight and routing.answer_s(peer, work, peers) * HASTE > left)
 
     def _start(self, ask: Ask, *, stream: bool) -> Place | None:
         link = self.choose(ask, stream)
@@ -215,7 +224,7 @@ class Pool:
             return None
         now = self.now()
         self.count(link, stream, +1)
-        return Place(self, link, ask, stream, link.replica.place(self.work(ask), now), now)
+        return Place(self, link, ask, stream, link.replica.place(self.work(ask), now))
 
     def _ready_s(self) -> float:
         reachable = routing.usable([link.replica for link in self.links()], self.now())
@@ -242,6 +251,9 @@ class Pool:
         loop = asyncio.get_running_loop()
         told: asyncio.Future[None] = loop.create_future()
         admission = self.admission(stream)
+        peers = routing.usable([link.replica for link in self.links()], loop.time())
+        answer_s = min((routing.answer_s(peer, self.work(ask), peers) for peer in peers), default=0.0) * HASTE
+        ask = replace(ask, latest_start=min(ask.latest_start, ask.latest_end - answer_s))
         waiting = admission.offer(ask, loop.time(), lambda: None if told.done() else told.set_result(None))
         if waiting.placement is not None:
             waiting.placement.waiting = waiting
@@ -453,6 +465,8 @@ def load_from(load: engine_pb2.EngineLoad) -> routing.Load:
         running_sequences=load.running_sequences,
         prefill_tokens_per_s=load.prefill_tokens_per_second,
         decode_tokens_per_s=load.decode_tokens_per_second,
+        step_s=load.step_time.ToNanoseconds() / 1e9,
+        batch=load.batch,
         draining=load.draining,
     )
 

@@ -18,6 +18,8 @@ CONSECUTIVE_FAILURES = 5
 WINDOW = 20  # calls; ejected at half of them failed
 EJECTED_S = 5.0  # doubled with each ejection in a row
 EJECTED_CAP_S = 20.0
+FULL_SHARE = 0.9  # of the fullest batch seen: one so full tells what the replica can do now
+FORGET = 0.02  # of its best rate, with each report of a full batch that was slower
 RAMP_S = 8.0  # after a probe succeeds, its share grows over this time
 PANIC_SHARE = 0.5  # never eject more than this share of the reachable
 PREFIX_BYTES = 1_024
@@ -34,6 +36,8 @@ class Load:
     running_sequences: int = 0
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
+    step_s: float = 0.0  # of the recent steps, each of which gives every running sequence a token
+    batch: int = 0  # sequences in the last step
     draining: bool = False
 
 
@@ -73,6 +77,7 @@ class Replica:
     load: Load = Load()
     in_flight: dict[int, Placed] = field(default_factory=dict)
     standing: Standing = Standing.TRUSTED
+    best: tuple[int, float] = (0, 0.0)  # sequences of the fullest batch it has reported, and its best tokens a second
     _load_at: float = float("-inf")
     _failures: int = 0
     _window: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
@@ -84,6 +89,9 @@ class Replica:
         """Take a load report that arrived at `now`."""
         self.load = load
         self._load_at = now
+        batch, rate = self.best
+        if load.decode_tokens_per_s >= rate or load.batch >= FULL_SHARE * batch:
+            self.best = (max(batch, load.batch), max(load.decode_tokens_per_s, (1 - FORGET) * rate))
 
     def place(self, work: Work, now: float) -> int:
         """Note a call sent at `now`; the number returned names it in `started` and `ended`."""
@@ -196,6 +204,23 @@ def finish_s(replica: Replica, work: Work, peers: Iterable[Replica]) -> float:
     prompt = replica.load.queued_tokens + unseen.prompt_tokens + work.prompt_tokens
     output = replica.load.running_tokens + unseen.output_tokens + work.output_tokens
     return prompt / rate.prefill + output / rate.decode
+
+
+def token_s(replica: Replica) -> float:
+    """Predicted seconds a token of each stream once one more runs; 0 while the replica has told nothing of its steps.
+
+    As fast as now, but all together no faster than the replica has ever been. Beyond the fullest batch it has shown, more streams are
+    taken to cost nothing: a call that is let in shows whether that is so, one that is refused shows nothing.
+    """
+    streams = 1 + max(len(replica.in_flight), replica.load.running_sequences + replica.load.waiting_sequences)
+    batch, tokens_per_s = replica.best
+    return max(replica.load.step_s, min(streams, batch) / tokens_per_s if tokens_per_s else 0.0)
+
+
+def answer_s(replica: Replica, work: Work, peers: Iterable[Replica]) -> float:
+    """Predicted seconds until one more call would have its whole answer, among the calls the replica has."""
+    prompt_s = work.prompt_tokens / rates(replica, peers).prefill
+    return start_s(replica, peers) + prompt_s + work.output_tokens * token_s(replica)
 
 
 def usable(replicas: Sequence[Replica], now: float) -> list[Replica]:

@@ -44,7 +44,7 @@ def test_the_next_in_line_starts_when_one_leaves() -> None:
     second = admission.offer(ask(), 0.0, lambda: told.append("started"))
     assert second.placement is None and admission.queued == 1
     slots.free()
-    admission.leave(first, 1.0, 1.0)
+    admission.leave(first, 1.0)
     assert second.placement == "p" and told == ["started"] and admission.queued == 0
 
 
@@ -52,14 +52,62 @@ def test_R7_refused_at_once_when_it_could_not_start_in_time() -> None:
     slots = Slots(1)
     admission = Admission(slots.start)
     first = admission.offer(ask(), 0.0)
+    admission.offer(ask(by=99.0), 0.0)
     slots.free()
-    admission.leave(first, 2.0, 2.0)  # a call takes two seconds
-    admission.offer(ask(by=99.0), 2.0)
+    admission.leave(first, 2.0)  # the line moves by a call in two seconds
     admission.offer(ask(by=99.0), 2.0)
     with pytest.raises(Shed) as refused:
         admission.offer(ask(by=3.0), 2.0)
     assert refused.value.retry_after_s == pytest.approx(3.0)
     assert admission.queued == 1
+
+
+def test_a_burst_at_an_idle_fleet_is_judged_by_how_fast_it_starts_not_by_the_few_that_run() -> None:
+    slots = Slots(1)
+    admission = Admission(slots.start)
+    slow = admission.offer(ask(), 0.0)
+    slots.free()
+    admission.leave(slow, 100.0)  # the only call so far took long
+    burst = [admission.offer(ask(by=110.0), 100.0) for _ in range(5)]
+    for at in (100.1, 100.2, 100.3, 100.4):  # a prompt every tenth of a second, whatever its answer takes
+        slots.size += 1
+        admission.pump(at)
+    assert all(each.placement for each in burst)
+    assert admission.offer(ask(by=101.0), 100.4).refusal is None
+
+
+def test_a_line_that_stands_still_is_judged_by_it() -> None:
+    slots = Slots(1)
+    admission = Admission(slots.start)
+    admission.offer(ask(), 0.0)
+    admission.offer(ask(), 0.0)
+    slots.size += 1
+    admission.pump(1.0)
+    admission.offer(ask(), 1.0)
+    assert admission.predicted_s(ask(), 11.0) > 10 > admission.predicted_s(ask(), 1.0)
+
+
+def test_F31_a_call_that_would_end_too_late_is_refused_and_the_next_one_starts() -> None:
+    room = Slots(1)
+
+    def start(asked: Ask) -> str | None:
+        if room.taken < room.size and asked.latest_end < 10.0:
+            raise Shed(0.5)
+        return room.start(asked)
+
+    admission: Admission[str] = Admission(start)
+    running = admission.offer(ask(), 0.0)
+    late = admission.offer(Ask("p", Rank.INTERACTIVE, 10.0, 100.0, latest_end=9.0), 0.0)
+    behind = admission.offer(ask(), 0.0)
+    room.free()
+    admission.leave(running, 1.0)
+    assert late.refusal is not None and late.refusal.retry_after_s == 0.5 and behind.placement == "p"
+    assert admission.queued == 0
+    room.free()
+    admission.leave(behind, 2.0)
+    with pytest.raises(Shed):
+        admission.offer(Ask("p", Rank.INTERACTIVE, 10.0, 100.0, latest_end=9.0), 2.0)
+    assert admission.running == 0
 
 
 def test_R7_the_replicas_own_queue_counts() -> None:
@@ -82,7 +130,7 @@ def test_interactive_before_batch() -> None:
     batch = admission.offer(ask(rank=Rank.BATCH), 0.0)
     interactive = admission.offer(ask(), 0.1)
     slots.free()
-    admission.leave(running, 1.0, 1.0)
+    admission.leave(running, 1.0)
     assert interactive.placement and not batch.placement
 
 
@@ -95,7 +143,7 @@ def test_a_withdrawn_call_leaves_no_trace_and_may_be_withdrawn_twice() -> None:
     admission.withdraw(waiting)
     assert admission.queued == 0
     slots.free()
-    admission.leave(running, 1.0, 1.0)
+    admission.leave(running, 1.0)
     assert waiting.placement is None and slots.taken == 0
     admission.withdraw(running)
 
@@ -106,7 +154,7 @@ def test_a_call_that_waited_too_long_is_refused_not_started() -> None:
     running = admission.offer(ask(), 0.0)
     late = admission.offer(ask(by=1.0), 0.0)
     slots.free()
-    admission.leave(running, 5.0, 5.0)
+    admission.leave(running, 5.0)
     assert late.placement is None and isinstance(late.refusal, Shed) and slots.taken == 0
 
 
@@ -129,7 +177,7 @@ def test_fairness_a_quiet_project_waits_for_its_turn_not_for_the_flood() -> None
     quiet = [admission.offer(ask("quiet"), 0.0) for _ in range(3)]
     for now in range(1, 8):
         slots.free()
-        admission.leave(running, 1.0, float(now))
+        admission.leave(running, float(now))
         running = next(w for w in [*quiet, *flood] if w.placement and w is not running and not w.gone)
         running.gone = True
     assert all(w.placement for w in quiet)
@@ -149,7 +197,7 @@ class Simulation:
         self.rng = random.Random(seed)
         self.slots = Slots(size)
         self.admission: Admission[str] = Admission(self.slots.start)
-        self.events: list[tuple[float, int, str, Waiting[str]]] = []
+        self.events: list[tuple[float, int, Waiting[str]]] = []
         self.order = itertools.count()
         self.good: list[float] = []
         self.refused = 0
@@ -174,7 +222,7 @@ class Simulation:
         settled()
 
     def begin(self, waiting: Waiting[str]) -> None:
-        heapq.heappush(self.events, (self.now + self.rng.uniform(0.1, 0.3), next(self.order), str(self.now), waiting))
+        heapq.heappush(self.events, (self.now + self.rng.uniform(0.1, 0.3), next(self.order), waiting))
 
     def run(self, until: float, per_s: float, start: float, project: str = "p") -> None:
         now = start
@@ -187,12 +235,12 @@ class Simulation:
 
     def advance(self, to: float) -> None:
         while self.events and self.events[0][0] <= to:
-            self.now, _, began, waiting = heapq.heappop(self.events)
+            self.now, _, waiting = heapq.heappop(self.events)
             self.slots.free()
             if self.now <= waiting.offered_at + 1.0:
                 self.good.append(self.now)
                 self.by_project[waiting.ask.project_uid] += 1
-            self.admission.leave(waiting, self.now - float(began), self.now)
+            self.admission.leave(waiting, self.now)
         self.now = to
 
     def goodput(self, start: float, end: float) -> float:

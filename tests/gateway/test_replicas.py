@@ -8,6 +8,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from argosy_internal.engine.v1 import engine_pb2
 from services.chassis.errors import NotStarted, Shed
 from services.chassis.identity import CALLER_KEY
 from services.gateway.admission import Ask, Rank
@@ -130,6 +131,22 @@ async def test_a_wait_ends_at_its_latest_start() -> None:
             await at.replicas.enter(model, ask(seconds=0.05), stream=True)  # type: ignore[arg-type]
         assert at.replicas.pool(engine.digest).admission(True).queued == 0
         first.leave(failed=None)
+
+
+async def test_F31_what_would_be_answered_too_late_is_shed_unless_the_replica_is_idle() -> None:
+    load = engine_pb2.EngineLoad(prefill_tokens_per_second=10_000, decode_tokens_per_second=160, batch=8)
+    load.step_time.FromMilliseconds(50)
+    async with fake_engine(load=load) as engine, edge(engine) as at:
+        await loads(at, engine, lambda load: load.step_s > 0)  # type: ignore[attr-defined]
+        model, now = served(at), asyncio.get_running_loop().time()
+        hurried = ask(cost=50.0, latest_end=now + 1.0)  # 40 tokens of 50 ms
+        alone = await at.replicas.enter(model, hurried, stream=True)  # type: ignore[arg-type]
+        with pytest.raises(Shed):
+            await at.replicas.enter(model, hurried, stream=True)  # type: ignore[arg-type]
+        patient = await at.replicas.enter(model, ask(cost=50.0, latest_end=now + 60.0), stream=True)  # type: ignore[arg-type]
+        for place in (alone, patient):
+            place.leave(failed=False)
+        (await at.replicas.enter(model, hurried, stream=True)).leave(failed=None)  # type: ignore[arg-type]
 
 
 async def test_what_waits_is_refused_when_the_last_replica_goes() -> None:

@@ -17,9 +17,11 @@ from services.gateway.routing import (
     Standing,
     Work,
     affinity,
+    answer_s,
     choose,
     finish_s,
     start_s,
+    token_s,
     usable,
 )
 
@@ -61,6 +63,46 @@ def test_own_calls_count_until_a_report_can_have_seen_them() -> None:
     assert start_s(first, [one, two]) == 0
     first.ended(call, 2.0, failed=False)
     assert not first.in_flight
+
+
+def steps(target: Replica, batch: int, step_s: float, now: float = 0.0) -> None:
+    target.report(Load(prefill_tokens_per_s=1_000.0, decode_tokens_per_s=batch / step_s, step_s=step_s, batch=batch), now)
+
+
+def test_F31_an_answer_takes_the_longer_the_more_share_the_replica() -> None:
+    one = replica("a")
+    steps(one, 40, 0.05)  # 800 tokens a second is the most it has shown
+    steps(one, 1, 0.01)
+    assert token_s(one) == 0.01  # alone it is as fast as its steps are now
+    for _ in range(19):
+        one.place(WORK, 1.0)
+    assert token_s(one) == 20 / 800
+    assert answer_s(one, WORK, [one]) == start_s(one, [one]) + 0.1 + WORK.output_tokens * 20 / 800
+
+
+def test_beyond_the_fullest_batch_seen_more_streams_are_taken_to_cost_nothing() -> None:
+    one = replica("a")
+    steps(one, 2, 0.01)
+    for _ in range(50):
+        one.place(WORK, 1.0)
+    assert token_s(one) == 0.01
+
+
+def test_a_replica_that_became_slower_is_believed_in_time() -> None:
+    one = replica("a")
+    steps(one, 40, 0.05)
+    for at in range(100):
+        steps(one, 40, 0.1, at / 10)
+    steps(one, 1, 0.01)
+    for _ in range(39):
+        one.place(WORK, 20.0)
+    assert token_s(one) == 40 / 400
+
+
+def test_a_replica_that_tells_nothing_of_its_steps_is_never_too_slow() -> None:
+    one = Replica("a", reachable=True)
+    one.place(WORK, 0.0)
+    assert token_s(one) == 0
 
 
 def test_unreachable_and_draining_ones_get_nothing() -> None:

@@ -584,12 +584,13 @@ class Relay:
 
     def _ask(self, plan: Plan) -> Ask:
         now, left = asyncio.get_running_loop().time(), remaining(SOFT_MARGIN_S)
-        wait = min(left, self.placing.queue_seconds, math.inf if plan.time_limit_s is None else plan.time_limit_s)
+        soft = math.inf if plan.time_limit_s is None else plan.time_limit_s
         return Ask(
             project_uid=plan.caller.project_uid,
             rank=plan.rank,
             cost=plan.input_tokens + min(plan.output_tokens, self._expected),
-            latest_start=now + wait,
+            latest_start=now + min(left, self.placing.queue_seconds, soft),
+            latest_end=now + left if left < soft else math.inf,  # what is cut by a soft limit ends well however slow it was
             key=affinity(plan.caller.project_uid, plan.prefix),
             prompt_tokens=plan.input_tokens,
         )
