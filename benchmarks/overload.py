@@ -3,7 +3,7 @@
     python -m benchmarks.overload
 
 A gateway process with its PostgreSQL stands before a fake engine of known capacity: its streams share so many tokens a second, and none
-gets more than one stream alone would. What it can serve is measured first, in a closed loop with as many streams as it likes best. Then
+gets more than one stream alone would. What it can serve is measured first, in a closed loop of four times as many streams as fill it. Then
 calls arrive at random moments that do not depend on the answers, each with the same deadline, and nobody tries again. A call is good if
 it ended OK within its deadline, counted from the moment it was due. Back: after the overload, no later call is refused or late.
 """
@@ -57,9 +57,10 @@ async def serve_engine(asked: argparse.Namespace) -> None:
             else:
                 allowed = 0.0
             if now - reported >= 0.1:
-                spent = fake.output_tokens - counted
-                if spent:
+                spent, fake.load.batch = fake.output_tokens - counted, len(fake.running)
+                if spent and fake.running:
                     fake.load.decode_tokens_per_second = spent / (now - reported)
+                    fake.load.step_time.FromNanoseconds(round(1e9 * max(alone_s, len(fake.running) / asked.rate)))
                 fake.load.running_tokens = sum(asked.tokens - each.output_tokens for each in fake.running.values())
                 reported, counted = now, fake.output_tokens
 
@@ -187,10 +188,10 @@ async def measure(asked: argparse.Namespace) -> None:
     ratios: dict[float, list[float]] = {load: [] for load in asked.loads}
     backs: list[float] = []
     async with callers(asked) as calling:
-        best = round(asked.rate / asked.alone)
-        await calling.closed(best, 1.0)
+        enough = 4 * round(asked.rate / asked.alone)  # streams: the engine never waits for a caller
+        await calling.closed(enough, 1.0)
         for _ in range(asked.repeats):
-            capacity = await calling.closed(best, asked.seconds / 2)
+            capacity = await calling.closed(enough, asked.seconds / 2)
             phases = [await calling.open(load, load * capacity, asked.seconds, chance) for load in (SETTLE, 1.0, *asked.loads, SETTLE)]
             for phase in phases:
                 phase.calls = list(await asyncio.gather(*phase.running))
