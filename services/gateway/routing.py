@@ -223,6 +223,17 @@ def answer_s(replica: Replica, work: Work, peers: Iterable[Replica]) -> float:
     return start_s(replica, peers) + prompt_s + work.output_tokens * token_s(replica)
 
 
+def backlog_s(replica: Replica, work: Work, peers: Sequence[Replica]) -> float:
+    """Seconds all its tokens and `work` would take at the fleet's usual rate: what spreads calls over replicas that are equally fast.
+
+    Not at its own rate: a replica that runs many streams writes more tokens a second than an idle one of the same make, and would
+    be sent ever more of them.
+    """
+    known = [peer.best[1] for peer in peers if peer.best[1] > 0]
+    output = replica.load.running_tokens + replica.unseen().output_tokens + work.output_tokens
+    return output / (median(known) if known else ASSUMED_DECODE_TOKENS_PER_S)
+
+
 def usable(replicas: Sequence[Replica], now: float) -> list[Replica]:
     """The reachable ones that experience does not bar; all the reachable if that would leave less than half of them (panic)."""
     reachable = [replica for replica in replicas if replica.reachable and not replica.load.draining]
@@ -266,7 +277,7 @@ def choose(
     if probing is not None and not retry:  # the first try may probe: it can still fail over
         return probing
     # A ramping replica looks as much slower as its share is smaller.
-    cost = {r.name: finish_s(r, work, candidates) / max(r.share(now), 0.1) for r in candidates}
+    cost = {r.name: (answer_s(r, work, candidates) + backlog_s(r, work, candidates)) / max(r.share(now), 0.1) for r in candidates}
     best = min(candidates, key=lambda r: (cost[r.name], _weight(salt, r.name)))
     if key is not None:
         home = max(candidates, key=lambda r: _weight(key, r.name))

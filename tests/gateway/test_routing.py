@@ -45,8 +45,15 @@ def test_the_one_that_finishes_first_is_chosen() -> None:
 
 
 def test_a_slower_replica_is_left_alone_even_when_idle() -> None:
-    slow, fast = replica("a", prefill_tokens_per_s=100.0, decode_tokens_per_s=10.0), replica("b", running_tokens=100)
+    slow = replica("a", prefill_tokens_per_s=100.0, decode_tokens_per_s=10.0, step_s=0.1)
+    fast = replica("b", running_tokens=100, step_s=0.01)
     assert choose([slow, fast], WORK, 1.0) is fast
+
+
+def test_a_fuller_batch_is_no_faster_replica() -> None:
+    full = replica("a", decode_tokens_per_s=900.0, batch=9, step_s=0.01, running_sequences=9, running_tokens=450)
+    idle = replica("b", decode_tokens_per_s=100.0, batch=1, step_s=0.01)
+    assert choose([full, idle], WORK, 1.0) is idle
 
 
 def test_own_calls_count_until_a_report_can_have_seen_them() -> None:
