@@ -61,7 +61,7 @@ async def test_F3_a_second_sigterm_does_not_wait_for_streams(folder: Path, tiny_
             fleet.process.send_signal(signal.SIGTERM)
             with pytest.raises(Unavailable) as cut:
                 await stream
-            assert cut.value.reason == "DRAINING"
+            assert cut.value.reason in ("DRAINING", "")  # cut in the middle of a send, a stream ends with core's own UNAVAILABLE
         assert await asyncio.to_thread(fleet.process.wait, 10) == 0
 
 

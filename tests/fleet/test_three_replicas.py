@@ -8,7 +8,8 @@ from argosy import AsyncClient
 from argosy.errors import StreamLost
 from tests.fleet.running import SETTLED, Tenant, until
 
-CONFIG = argosy.config(temperature=1, seed=3, max_output_tokens=600, min_output_tokens=600)
+TOKENS = 2_000  # long enough that no answer is over before the last has begun
+CONFIG = argosy.config(temperature=1, seed=3, max_output_tokens=TOKENS, min_output_tokens=TOKENS)
 CALLS = 9
 
 
@@ -32,10 +33,10 @@ async def test_F4_a_killed_engine_loses_its_own_streams_only_and_comes_back(tena
         for outcome, generation, seen in ends:
             row = by_generation[generation]
             if outcome == "done":
-                assert row.outcome == SETTLED.USAGE_OUTCOME_COMPLETED and row.usage.output_tokens == 600
+                assert row.outcome == SETTLED.USAGE_OUTCOME_COMPLETED and row.usage.output_tokens == TOKENS
             else:
                 assert row.outcome == SETTLED.USAGE_OUTCOME_LOST
-                assert seen <= row.usage.output_tokens < 600, "each text event holds a token at least"
+                assert seen <= row.usage.output_tokens < TOKENS, "each text event holds a token at least"
             assert truth[generation] == (row.usage.input_tokens, row.usage.output_tokens), outcome
         # A new engine takes the dead one's place and is used.
         await until(lambda: len(fleet.engines()) == 3 and before[0] not in fleet.engines(), 60)
@@ -44,7 +45,7 @@ async def test_F4_a_killed_engine_loses_its_own_streams_only_and_comes_back(tena
 
 
 async def _read(client: AsyncClient, number: int, began: asyncio.Event) -> tuple[str, str, int]:
-    """How an answer of 600 tokens ended, its generation, and how many texts came."""
+    """How an answer of TOKENS tokens ended, its generation, and how many texts came."""
     generation, seen = "", 0
     try:
         async with client.stream_generate(f"{number} ships", config=CONFIG) as stream:
