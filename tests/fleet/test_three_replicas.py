@@ -17,6 +17,7 @@ async def test_F4_a_killed_engine_loses_its_own_streams_only_and_comes_back(tena
     fleet = tenant.fleet
     before = fleet.engines()
     assert len(before) == 3
+    await until(lambda: fleet.metric("argosy_replica_ready") == 3, 60)
     async with tenant.client() as client:
         began = [asyncio.Event() for _ in range(CALLS)]
         streams = [asyncio.ensure_future(_read(client, number, event)) for number, event in enumerate(began)]
