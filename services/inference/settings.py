@@ -28,7 +28,7 @@ class InferenceSettings:
     max_waiting: int = field(default=1_024, metadata={"minimum": 1})  # sequences in the queue; one more is shed
     threads: int | None = field(default=None, metadata={"minimum": 1})  # of the CPU
     cache_dir: str | None = None  # of prepared weights; None: the user's cache
-    int8: bool = False  # quantised layers: faster, not exact
+    int8: bool = False  # quantised layers; no backend has them yet, so it is refused
     # Whom it believes.
     caller_public_keys: tuple[str, ...] = ()  # `kid=path` of an Ed25519 public key in PEM
     # Streams.

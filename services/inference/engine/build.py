@@ -87,12 +87,16 @@ def _dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
 
 
 def _backend(directory: Path, settings: EngineSettings, device: torch.device, dtype: torch.dtype) -> Backend:
+    if settings.int8 and (device.type != "cpu" or settings.backend == "eager"):
+        raise Unsupported("Only the fused kernels of a CPU may have int8 layers.")
     if device.type == "cpu" and settings.backend != "eager":
         try:
             from services.inference.engine.fused import FusedBackend  # its kernels need a compiler; eager needs none of it
 
             return FusedBackend.load(directory, settings)
         except Unsupported as error:
+            if settings.int8:
+                raise  # never ignored: PyTorch's form has no int8 layers either
             if settings.backend == "fused":
                 raise
             log.warning("the fused backend cannot run this model here, the eager one will: %s", error)
