@@ -13,6 +13,7 @@ from statistics import median
 # Until a replica has measured itself and none of its peers has: any positive value ranks equals as equals.
 ASSUMED_PREFILL_TOKENS_PER_S = 1_000.0
 ASSUMED_DECODE_TOKENS_PER_S = 100.0
+BACKLOG_WEIGHT = 0.25  # of the time all of a replica's tokens take, beside the time of the answer itself
 VISIBLE_AFTER_S = 0.3  # three load reports: by then the replica counts a call itself, even one that never says Started
 CONSECUTIVE_FAILURES = 5
 WINDOW = 20  # calls; ejected at half of them failed
@@ -198,14 +199,6 @@ def start_s(replica: Replica, peers: Iterable[Replica]) -> float:
     return (replica.load.queued_tokens + replica.unseen().prompt_tokens) / rates(replica, peers).prefill
 
 
-def finish_s(replica: Replica, work: Work, peers: Iterable[Replica]) -> float:
-    """Predicted seconds until the replica would have done all it has and `work` too."""
-    rate, unseen = rates(replica, peers), replica.unseen()
-    prompt = replica.load.queued_tokens + unseen.prompt_tokens + work.prompt_tokens
-    output = replica.load.running_tokens + unseen.output_tokens + work.output_tokens
-    return prompt / rate.prefill + output / rate.decode
-
-
 def token_s(replica: Replica) -> float:
     """Predicted seconds a token of each stream once one more runs; 0 while the replica has told nothing of its steps.
 
@@ -232,6 +225,11 @@ def backlog_s(replica: Replica, work: Work, peers: Sequence[Replica]) -> float:
     known = [peer.best[1] for peer in peers if peer.best[1] > 0]
     output = replica.load.running_tokens + replica.unseen().output_tokens + work.output_tokens
     return output / (median(known) if known else ASSUMED_DECODE_TOKENS_PER_S)
+
+
+def cost_s(replica: Replica, work: Work, peers: Sequence[Replica]) -> float:
+    """What one more call costs there: the time of its answer; between replicas about as fast, the backlog decides."""
+    return answer_s(replica, work, peers) + BACKLOG_WEIGHT * backlog_s(replica, work, peers)
 
 
 def usable(replicas: Sequence[Replica], now: float) -> list[Replica]:
@@ -277,7 +275,7 @@ def choose(
     if probing is not None and not retry:  # the first try may probe: it can still fail over
         return probing
     # A ramping replica looks as much slower as its share is smaller.
-    cost = {r.name: (answer_s(r, work, candidates) + backlog_s(r, work, candidates)) / max(r.share(now), 0.1) for r in candidates}
+    cost = {r.name: cost_s(r, work, candidates) / max(r.share(now), 0.1) for r in candidates}
     best = min(candidates, key=lambda r: (cost[r.name], _weight(salt, r.name)))
     if key is not None:
         home = max(candidates, key=lambda r: _weight(key, r.name))

@@ -216,7 +216,8 @@ def check(run: Run, settled: dict[str, Settlement], owners: dict[str, str]) -> N
     for generation, settlement in settled.items():
         where = (run.seed, run.faults, settlement, [(record.ended, record.output_tokens) for record in records[generation]])
         tokens = sum(record.output_tokens for record in records[generation])
-        prompt = sum(record.input_tokens for record in records[generation])
+        # An attempt that was passed over before it was accepted is billed to nobody.
+        prompt = max((record.input_tokens for record in records[generation] if record.output_tokens), default=0)
         if settlement.outcome is Outcome.SHED:
             assert not tokens and not settlement.output_tokens, where
         elif settlement.outcome is Outcome.DONE or (

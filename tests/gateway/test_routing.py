@@ -19,7 +19,7 @@ from services.gateway.routing import (
     affinity,
     answer_s,
     choose,
-    finish_s,
+    cost_s,
     start_s,
     token_s,
     usable,
@@ -213,12 +213,12 @@ def test_R8_retries_stay_within_a_tenth_of_attempts() -> None:
     st.integers(0, 4_000),
     st.binary(max_size=8),
 )
-def test_without_affinity_nobody_would_finish_earlier(loads: list[tuple[int, int]], prompt: int, salt: bytes) -> None:
+def test_without_affinity_nobody_would_cost_less(loads: list[tuple[int, int]], prompt: int, salt: bytes) -> None:
     fleet = [replica(str(n), queued_tokens=queued, running_tokens=running) for n, (queued, running) in enumerate(loads)]
     work = Work(prompt, 64)
     chosen = choose(fleet, work, 1.0, salt=salt)
     assert chosen is not None
-    assert finish_s(chosen, work, fleet) == min(finish_s(r, work, fleet) for r in fleet)
+    assert cost_s(chosen, work, fleet) == min(cost_s(r, work, fleet) for r in fleet)
 
 
 def test_F6_a_replica_ten_times_slower_gets_under_a_fifth_of_its_share() -> None:
