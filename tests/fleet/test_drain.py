@@ -72,4 +72,6 @@ def _closed(address: str) -> bool:
         socket.create_connection((host, int(port)), 5).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:
+        return False  # it was accepted in the moment of closing
     return False
