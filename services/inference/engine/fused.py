@@ -28,6 +28,7 @@ GROUP = 64  # outputs side by side in a packed matrix
 KV_TOKENS = 65_536  # of the pool when the settings leave it open; pages are committed as they are written
 MOST_CANDIDATES = 1024  # beyond that the whole output matrix costs no more
 LARGEST_HEAD = 512  # model.h: MAX_HEAD
+VNNI = "avx512_vnni"  # products of bytes
 Read = Callable[[str], torch.Tensor]
 
 
@@ -202,8 +203,11 @@ class FusedBackend:
 
     name = "fused"
 
-    def __init__(self, plan: Plan, library: ctypes.CDLL, read: Read, dtype: torch.dtype, threads: int, kv_tokens: int) -> None:
+    def __init__(
+        self, plan: Plan, library: ctypes.CDLL, read: Read, dtype: torch.dtype, threads: int, kv_tokens: int, int8: bool = False
+    ) -> None:
         self.plan = plan
+        self.int8 = int8  # of the layers; the output matrix stays exact
         self.library = library
         self.dtype = dtype
         self.device = torch.device("cpu")
@@ -224,13 +228,13 @@ class FusedBackend:
         self._extend_ropes(min(plan.context, 2048))
         self.layers = (layout.Layer * plan.layers)(*(self._layer(read, i) for i in range(plan.layers)))
         self.model = self._model(read)
-        self.screen = self._screen() if plan.hidden % 64 == 0 and "avx512_vnni" in kernels.cpu_flags() else None
+        self.screen = self._screen() if plan.hidden % 64 == 0 and VNNI in kernels.cpu_flags() else None
 
     @classmethod
     def load(cls, directory: Path, settings: EngineSettings) -> "FusedBackend":
         """Compile or fetch the kernels and pack the weights of a directory. Raises Unsupported with a sentence."""
-        if settings.int8:
-            raise Unsupported("The fused kernels have no int8 layers.")
+        if settings.int8 and VNNI not in kernels.cpu_flags():
+            raise Unsupported(f"Layers in int8 need {VNNI}, which this CPU does not report.")
         description = plan(json.loads((directory / "config.json").read_text()))
         library = kernels.load(weights.cache_directory(settings.cache_dir))
         dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
@@ -239,7 +243,7 @@ class FusedBackend:
         torch.set_num_threads(1)
         with ExitStack() as stack:
             read = _reader(directory, stack)
-            return cls(description, library, read, dtype, threads, settings.kv_tokens or KV_TOKENS)
+            return cls(description, library, read, dtype, threads, settings.kv_tokens or KV_TOKENS, settings.int8)
 
     def __del__(self) -> None:
         if getattr(self, "engine", None):
@@ -301,8 +305,14 @@ class FusedBackend:
         weight = read(name).float()
         return self._keep((weight + 1.0 if self.plan.one_plus else weight).contiguous())
 
-    def _pack(self, parts: list[tuple[torch.Tensor, int, int, int]], groups: int, inputs: int) -> int:
+    def _pack(self, parts: list[tuple[torch.Tensor, int, int, int]], groups: int, inputs: int) -> layout.Matrix:
         """Rows [outputs, inputs'] of each part go `step` to a group, from group `first` and lane `lane`. Inputs are padded with zeros."""
+        if self.int8:
+            matrix = self._int8_matrix(groups, inputs)
+            for rows, step, first, lane in parts:
+                source = torch.nn.functional.pad(rows.to(self.dtype), (0, inputs - rows.shape[1])).contiguous()
+                self._quantise(matrix, (None, None), source.data_ptr(), (rows.shape[0], inputs, step, first, lane))
+            return matrix
         words = inputs // self.pair
         packed = self.arena.zeros(groups * words * GROUP, torch.int32)
         for rows, step, first, lane in parts:
@@ -311,7 +321,18 @@ class FusedBackend:
                 source = torch.nn.functional.pad(source, (0, 1))
             own = source.shape[1] // self.pair
             self.library.argosy_pack(self.engine, packed.data_ptr(), source.data_ptr(), source.shape[0], own, words, step, first, lane)
-        return self._keep(packed)
+        return layout.Matrix(packed=self._keep(packed))
+
+    def _int8_matrix(self, groups: int, inputs: int) -> layout.Matrix:
+        return layout.Matrix(
+            packed=self._keep(self.arena.zeros(groups * GROUP * inputs, torch.int8)),
+            offset=self._keep(self.arena.zeros(groups * GROUP, torch.int32)),
+            scale=self._keep(self.arena.zeros(groups * GROUP, torch.float32)),
+        )
+
+    def _quantise(self, matrix: layout.Matrix, lengths: tuple[int | None, int | None], source: int, shape: tuple[int, ...]) -> None:
+        """`lengths`: where a screen's `rest` and `norm` go; `shape`: rows, inputs, and as `_pack` places them step, first, lane."""
+        self.library.argosy_quantise(self.engine, matrix, *lengths, source, int(self.dtype == torch.float32), *shape)
 
     def _layer(self, read: Read, i: int) -> layout.Layer:
         p, at = self.plan, f"model.layers.{i}."
@@ -361,6 +382,7 @@ class FusedBackend:
             vocabulary=p.vocabulary,
             activation=p.activation,
             wide=int(self.dtype == torch.float32),
+            int8=int(self.int8),
             epsilon=p.epsilon,
             score_scale=p.score_scale,
             score_cap=p.score_cap,
@@ -378,16 +400,11 @@ class FusedBackend:
 
     def _screen(self) -> layout.Screen:
         p = self.plan
-        rows = -(-p.vocabulary // GROUP) * GROUP
-        screen = layout.Screen(
-            packed=self._keep(self.arena.zeros(rows * p.hidden, torch.int8)),
-            offset=self._keep(self.arena.zeros(rows, torch.int32)),
-            **{name: self._keep(self.arena.zeros(rows, torch.float32)) for name in ("scale", "rest", "norm")},
-        )
-        fields = (screen.packed, screen.offset, screen.scale, screen.rest, screen.norm)
-        if self.library.argosy_quantise(self.engine, self.model, *fields):
-            raise MemoryError("no room to quantise the output matrix")
-        return screen
+        groups = -(-p.vocabulary // GROUP)
+        matrix = self._int8_matrix(groups, p.hidden)
+        rest, norm = (self._keep(self.arena.zeros(groups * GROUP, torch.float32)) for _ in range(2))
+        self._quantise(matrix, (rest, norm), self.model.head, (p.vocabulary, p.hidden, GROUP, 0, 0))
+        return layout.Screen(matrix=matrix, rest=rest, norm=norm)
 
     def _extend_ropes(self, positions: int) -> None:
         """Tables for at least `positions`, doubled so that a growing sequence seldom pays for it."""

@@ -23,7 +23,7 @@ class EngineSettings(msgspec.Struct, frozen=True):
     prefix_quota: float = 0.5  # share of the pool that one tenant's unused prefixes may keep, 0..1
     threads: int | None = None  # of the CPU; None: one a core
     cache_dir: str | None = None  # of prepared weights and compiled artefacts; None: the user's cache
-    int8: bool = False  # quantised layers; no backend has them yet, so it is refused
+    int8: bool = False  # layers on a CPU in int8: about 1.2 times as fast, 94 % of float32's greedy tokens for 99 % (ADR 3)
     hang_s: float = 60.0  # without a sign of life while calls run, the child is ended and its calls are lost
 
     def step_tokens(self, device: str) -> int:

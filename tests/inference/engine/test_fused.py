@@ -11,10 +11,12 @@ import torch
 
 from services.inference.engine import fused, kernels
 from services.inference.engine.backend import Batch
-from services.inference.engine.fused import FusedBackend, Unsupported
+from services.inference.engine.build import build
+from services.inference.engine.fused import VNNI, FusedBackend, Unsupported
 from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import BLOCK_SIZE
 
+needs_vnni = pytest.mark.skipif(VNNI not in kernels.cpu_flags(), reason="int8 layers need AVX512-VNNI")
 if kernels.NEEDED - kernels.cpu_flags():
     pytest.skip("the fused kernels need AVX-512", allow_module_level=True)
 
@@ -88,8 +90,8 @@ def tiny(name: str, directory: Path, **changes: Any) -> tuple[Path, Any]:
     return directory, model
 
 
-def load(directory: Path, cache: str, dtype: str = "float32", threads: int = 2) -> FusedBackend:
-    settings = EngineSettings(cache_dir=cache, dtype=dtype, threads=threads, kv_tokens=1024)  # type: ignore[arg-type]
+def load(directory: Path, cache: str, dtype: str = "float32", threads: int = 2, int8: bool = False) -> FusedBackend:
+    settings = EngineSettings(cache_dir=cache, dtype=dtype, threads=threads, kv_tokens=1024, int8=int8)  # type: ignore[arg-type]
     return FusedBackend.load(directory, settings)
 
 
@@ -150,12 +152,32 @@ def test_bfloat16_stays_near_float32(family: tuple[Path, Any], cache: str) -> No
     assert ours < 1.5 * theirs + 1e-4
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bits_do_not_depend_on_batch_chunks_or_threads(family: tuple[Path, Any], cache: str, dtype: str) -> None:
+@needs_vnni
+def test_int8_layers_are_the_products_of_rounded_weights(family: tuple[Path, Any], cache: str) -> None:
+    """The reference rounds the same rows of weights to their own 255 steps; what is left to differ is the rounding of activations."""
+    directory, model = family
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in rounded.named_parameters():
+            if "_proj.weight" in name:
+                scale = weight.abs().amax(1, keepdim=True) / 127
+                weight.copy_((weight / scale).round() * scale)
+        wanted = torch.log_softmax(rounded(torch.tensor([PROMPT])).logits[0], -1)
+        exact = torch.log_softmax(model(torch.tensor([PROMPT])).logits[0], -1)
+    backend = load(directory, cache, int8=True)
+    found = torch.log_softmax(backend.logits(backend.forward(batch([(PROMPT, 0, [4, 1, 8])]))), -1)
+    from_rounded, from_exact = ((each.exp() * (each - found)).sum(-1).mean() for each in (wanted, exact))
+    assert from_rounded < 0.8 * from_exact
+    assert from_exact < 0.1
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", pytest.param("int8", marks=needs_vnni)])
+def test_bits_do_not_depend_on_batch_chunks_or_threads(family: tuple[Path, Any], cache: str, form: str) -> None:
     directory, _ = family
-    alone = load(directory, cache, dtype, threads=1)
+    dtype, int8 = ("bfloat16", True) if form == "int8" else (form, False)
+    alone = load(directory, cache, dtype, threads=1, int8=int8)
     wanted = alone.forward(batch([(PROMPT, 0, [4, 1, 8])]))
-    backend = load(directory, cache, dtype, threads=2)
+    backend = load(directory, cache, dtype, threads=2, int8=int8)
     others = [(PROMPT[i : i + 19 + i], 0, [20 + 4 * i, 21 + 4 * i, 22 + 4 * i]) for i in range(5)]
     assert torch.equal(backend.forward(batch([*others, (PROMPT, 0, [40, 50, 60])]))[-len(PROMPT) :], wanted)
     pieces, start = [], 0
@@ -210,8 +232,9 @@ def test_A20_nan_left_in_a_freed_block_does_not_reach_its_next_owner(gemma: Path
     assert torch.equal(found, wanted)
 
 
-def test_A20_a_row_of_nan_hurts_no_neighbour(gemma: Path, cache: str) -> None:
-    backend = load(gemma, cache)
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=needs_vnni)])
+def test_A20_a_row_of_nan_hurts_no_neighbour(gemma: Path, cache: str, int8: bool) -> None:
+    backend = load(gemma, cache, int8=int8)
     wanted = backend.forward(batch([(PROMPT, 0, [4, 1, 8])]))
     embedding = next(each for each in backend.kept if each.numel() == SIZES["vocab_size"] * SIZES["hidden_size"])
     embedding.view(-1, SIZES["hidden_size"])[330] = torch.nan
@@ -233,10 +256,11 @@ def test_every_compiler_gives_the_same_bits(gemma: Path, cache: str, tmp_path: P
     pytest.importorskip("ziglang")
     import sys
 
-    hidden = load(gemma, cache, "bfloat16").forward(batch([(PROMPT, 0, [4, 1, 8])]))
+    forms = (False, True) if VNNI in kernels.cpu_flags() else (False,)
+    hidden = [load(gemma, cache, "bfloat16", int8=int8).forward(batch([(PROMPT, 0, [4, 1, 8])])) for int8 in forms]
     monkeypatch.setenv("ARGOSY_CC", f"{sys.executable} -m ziglang cc")
-    other = load(gemma, str(tmp_path), "bfloat16")
-    assert torch.equal(other.forward(batch([(PROMPT, 0, [4, 1, 8])])), hidden)
+    for int8, wanted in zip(forms, hidden, strict=True):
+        assert torch.equal(load(gemma, str(tmp_path), "bfloat16", int8=int8).forward(batch([(PROMPT, 0, [4, 1, 8])])), wanted)
 
 
 def test_a_broken_compiler_is_unsupported_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +292,28 @@ def test_what_the_kernels_do_not_compute_is_refused(family: tuple[Path, Any], ch
         fused.plan({**config, **changes})
 
 
-def test_int8_layers_are_refused_and_not_ignored(gemma: Path, cache: str) -> None:
-    with pytest.raises(Unsupported, match="int8"):
+def test_int8_layers_need_vnni(gemma: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "cpu_flags", lambda: kernels.NEEDED)
+    with pytest.raises(Unsupported, match=r"int8 need avx512_vnni, .*\.$"):
         FusedBackend.load(gemma, EngineSettings(cache_dir=cache, int8=True))
+
+
+@pytest.mark.parametrize(("device", "choice"), [("cpu", "eager"), ("cuda", "auto"), ("cpu", "auto"), ("cpu", "fused")])
+def test_int8_is_refused_and_not_ignored_where_the_kernels_do_not_run(
+    gemma: Path, cache: str, monkeypatch: pytest.MonkeyPatch, device: str, choice: str
+) -> None:
+    """Without int8 the eager backend takes over from kernels that cannot run; with it that would be another model."""
+    (gemma / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(kernels, "cpu_flags", frozenset)
+    settings = EngineSettings(model=str(gemma), cache_dir=cache, device=device, backend=choice, int8=True)  # type: ignore[arg-type]
+    with pytest.raises(Unsupported, match=r"^Layers in int8 .*\.$"):
+        build(settings)
+
+
+@needs_vnni
+def test_int8_is_computed_where_it_is_asked_for(gemma: Path, cache: str) -> None:
+    (gemma / "tokenizer.json").write_text("{}")
+    runner, hello = build(EngineSettings(model=str(gemma), cache_dir=cache, device="cpu", kv_tokens=1024, max_step_tokens=64, int8=True))
+    assert hello.backend == "fused"
+    assert isinstance(runner.backend, FusedBackend)
+    assert runner.backend.int8

@@ -8,8 +8,6 @@
 
 enum { TILE_ROWS = 6, MAX_HEAD = 512, SPAN_ROWS = 64, SHORTLIST = 32768, SCREEN_GROUPS = 8 };
 
-#define SPREAD 3.0f /* times its root mean square: where an activation starts to need a second byte */
-
 /* neighbouring queries of one sequence */
 typedef struct {
     int32_t sequence, count;
@@ -29,6 +27,21 @@ static INLINE void *take_room(char **at, size_t bytes) {
     *at += padded_to(64, (long)bytes);
     return here;
 }
+
+/* rows of one matrix on their way to int8 */
+typedef struct {
+    Matrix matrix;
+    float *rest, *norm;
+    const void *from;
+    long rows, inputs, group_rows, first_group, lane;
+} Quantising;
+
+static INLINE long most_inputs(const Model *m) {
+    const long most = m->heads * m->head_dim > m->inner ? m->heads * m->head_dim : m->inner;
+    return most > m->hidden ? most : m->hidden;
+}
+
+#include "int8.h"
 
 #define WIDE 0
 #include "step.h"
@@ -71,7 +84,7 @@ int64_t argosy_step(Engine *engine, const Model *m, const Step *s) {
     long per_span = 16 / group < 1 ? 1 : 16 / group;
     size_t span_bytes = (size_t)padded_to(64, T * (long)sizeof(Span));
     size_t bytes = (size_t)T * ((m->hidden + padded + width) * 4 + (m->hidden + 2 * m->heads * d + m->inner) * element) + span_bytes +
-                   (size_t)engine->crew->threads * SPAN_ROWS * d * 4 + (size_t)T + 16 * 64;
+                   (size_t)engine->crew->threads * SPAN_ROWS * d * 4 + (size_t)T + 16 * 64 + (m->int8 ? bytes_size(T, most_inputs(m)) : 0);
     if (reserve(engine, bytes)) return -1;
     char *at = engine->room;
     Span *spans = take_room(&at, span_bytes);
@@ -126,96 +139,14 @@ void argosy_pack(Engine *engine, void *to, const void *from, int64_t rows, int64
     share(engine->crew, (rows + group_rows - 1) / group_rows, pack_group, &p);
 }
 
-/* ---- screening ---- */
+/* ---- int8 ---- */
 
-typedef struct {
-    const Model *model;
-    int8_t *packed;
-    int32_t *offset;
-    float *scale, *rest, *norm;
-    float *rows; /* [worker][hidden] */
-} Quantising;
-
-/* one group of 64 rows of the output matrix; rows past the vocabulary stay zero */
-static void quantise_group(void *with, long group, int worker) {
-    const Quantising *p = with;
-    const long n = p->model->hidden, end = (group + 1) * GROUP < p->model->vocabulary ? (group + 1) * GROUP : p->model->vocabulary;
-    float *row = p->rows + worker * n;
-    for (long id = group * GROUP; id < end; id++) {
-        __m512 high = _mm512_setzero_ps(), squares = high, rests = high;
-        for (long i = 0; i < n; i += 16) {
-            __m512 v = p->model->wide ? get16_float((const float *)p->model->head + (size_t)id * n + i)
-                                      : get16_bfloat((const uint16_t *)p->model->head + (size_t)id * n + i);
-            _mm512_storeu_ps(row + i, v);
-            high = _mm512_max_ps(high, _mm512_abs_ps(v));
-            squares = _mm512_fmadd_ps(v, v, squares);
-        }
-        const float scale = _mm512_reduce_max_ps(high) / 127, inverse = scale > 0 ? 1 / scale : 0;
-        int32_t *to = (int32_t *)(p->packed + (size_t)group * n * GROUP) + id % GROUP;
-        __m512i sum = _mm512_setzero_si512();
-        for (long i = 0; i < n; i += 16) {
-            __m512 v = _mm512_loadu_ps(row + i);
-            __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse)));
-            sum = _mm512_add_epi32(sum, q);
-            __m512 e = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(scale), v);
-            rests = _mm512_fmadd_ps(e, e, rests);
-            int32_t four[4];
-            _mm_storeu_si128((__m128i *)four, _mm512_cvtsepi32_epi8(q));
-            for (int k = 0; k < 4; k++) to[(i / 4 + k) * GROUP] = four[k];
-        }
-        p->offset[id] = -128 * _mm512_reduce_add_epi32(sum);
-        p->scale[id] = scale;
-        p->rest[id] = sqrtf(sum16(rests)) * 1.0001f; /* float32 rounding of the sums themselves */
-        p->norm[id] = sqrtf(sum16(squares)) * 1.0001f;
-    }
-}
-
-/* Fill the int8 form of the output matrix. 0, or -1 when memory is short. `packed` and the vectors are padded to 64 rows and zeroed. */
-int64_t argosy_quantise(Engine *engine, const Model *m, int8_t *packed, int32_t *offset, float *scale, float *rest, float *norm) {
-    Quantising p = {m, packed, offset, scale, rest, norm, malloc((size_t)engine->crew->threads * m->hidden * sizeof(float))};
-    if (!p.rows) return -1;
-    share(engine->crew, (m->vocabulary + GROUP - 1) / GROUP, quantise_group, &p);
-    free(p.rows);
-    return 0;
-}
-
-/* One row of activations to u * (256 high + low); returns |u p| / u and |f| / u. */
-static void quantise_activation(const Model *m, const void *from, float *room, uint8_t *low, int8_t *high, float *length, float *rest) {
-    const long n = m->hidden;
-    __m512 squares = _mm512_setzero_ps(), lengths = squares, rests = squares;
-    for (long i = 0; i < n; i += 16) {
-        __m512 v = m->wide ? get16_float((const float *)from + i) : get16_bfloat((const uint16_t *)from + i);
-        _mm512_storeu_ps(room + i, v);
-        squares = _mm512_fmadd_ps(v, v, squares);
-    }
-    const float size = sqrtf(sum16(squares)), unit = size / sqrtf((float)n) * (SPREAD / 127), inverse = unit > 0 ? 1 / unit : 0;
-    for (long i = 0; i < n; i += 16) {
-        __m512 v = _mm512_mul_ps(_mm512_loadu_ps(room + i), _mm512_set1_ps(inverse));
-        __m512i p = _mm512_cvtps_epi32(v);
-        __m512i h = _mm512_srai_epi32(_mm512_add_epi32(p, _mm512_set1_epi32(128)), 8), l = _mm512_sub_epi32(p, _mm512_slli_epi32(h, 8));
-        __m512 back = _mm512_cvtepi32_ps(p), f = _mm512_sub_ps(v, back);
-        lengths = _mm512_fmadd_ps(back, back, lengths);
-        rests = _mm512_fmadd_ps(f, f, rests);
-        _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(l, _mm512_set1_epi32(128))));
-        _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtsepi32_epi8(h));
-    }
-    /* The last term covers the float32 rounding of the exact logit: at most n * 2^-24 * |w| |x|, and as much again for this sum's own. */
-    *length = sqrtf(sum16(lengths)) * 1.0001f;
-    *rest = sqrtf(sum16(rests)) * 1.0001f + 2 * (float)n * 0x1p-24f * size * inverse;
-}
-
-static long collect_outliers(const int8_t *high, long n, Outlier *to) {
-    long found = 0;
-    for (long step = 0; step < n / 4; step++)
-        for (int negative = 0; negative < 2; negative++) {
-            uint32_t sizes = 0;
-            for (int i = 0; i < 4; i++) {
-                const int value = negative ? -high[step * 4 + i] : high[step * 4 + i];
-                if (value > 0) sizes |= (uint32_t)value << (8 * i);
-            }
-            if (sizes) to[found++] = (Outlier){(int32_t)step, negative, sizes};
-        }
-    return found;
+/* Fill rows of an int8 matrix, placed as by argosy_pack; `inputs` is a multiple of 16. `rest` and `norm` of a Screen, or NULL. */
+void argosy_quantise(Engine *engine, const Matrix *to, float *rest, float *norm, const void *from, int64_t wide, int64_t rows, int64_t inputs,
+                     int64_t group_rows, int64_t first_group, int64_t lane) {
+    Quantising p = {.matrix = *to, .rest = rest, .norm = norm, .from = from, .rows = rows, .inputs = inputs, .group_rows = group_rows,
+                    .first_group = first_group, .lane = lane};
+    share(engine->crew, (rows + group_rows - 1) / group_rows, wide ? quantise_float : quantise_bfloat, &p);
 }
 
 /* The `count` largest logits of each row, exact, best first, ties to the lower id. 0; -1 when memory is short; -2 without AVX512-VNNI. */
@@ -228,27 +159,19 @@ int64_t argosy_candidates(Engine *engine, const Model *m, const Screen *screen, 
     const long n = m->hidden, workers = engine->crew->threads, room = SHORTLIST + 4 * count;
     const size_t lists = (size_t)(workers * rows) * sizeof(Shortlist), heaps = (size_t)(workers * rows * count) * sizeof(float);
     const size_t entries = (size_t)(workers * rows * room) * sizeof(Candidate);
-    const size_t per_row = (size_t)(n + n / 2 * (long)sizeof(Outlier) + 2 * 4 + 8);
-    if (reserve(engine, lists + heaps + entries + (size_t)rows * per_row + (size_t)n * 5 + 16 * 64)) return -1;
+    if (reserve(engine, lists + heaps + entries + bytes_size(rows, n) + (size_t)rows * 8 + 16 * 64)) return -1;
     char *at = engine->room;
     Shortlist *list = take_room(&at, lists);
     float *heap = take_room(&at, heaps);
     Candidate *entry = take_room(&at, entries);
-    uint8_t *low = take_room(&at, (size_t)(rows * n));
-    int8_t *high = take_room(&at, (size_t)n);
-    Outlier *outliers = take_room(&at, (size_t)(rows * n / 2) * sizeof *outliers);
-    long *first = take_room(&at, (size_t)(rows + 1) * sizeof *first);
-    float *length = take_room(&at, (size_t)rows * 4), *rest = take_room(&at, (size_t)rows * 4), *room_row = take_room(&at, (size_t)n * 4);
+    const Bytes bytes = take_bytes(&at, rows, n);
+    float *length = take_room(&at, (size_t)rows * 4), *rest = take_room(&at, (size_t)rows * 4);
     for (long i = 0; i < workers * rows; i++) list[i] = (Shortlist){.best = heap + i * count, .list = entry + i * room};
-    const size_t element = m->wide ? 4 : 2;
-    long found = 0;
     for (long row = 0; row < rows; row++) {
-        quantise_activation(m, (const char *)from + (size_t)(row * n) * element, room_row, low + row * n, high, length + row, rest + row);
-        first[row] = found;
-        found += collect_outliers(high, n, outliers + found);
+        if (m->wide) shrink_row_float(&bytes, row, (const float *)from + row * n, length + row, rest + row);
+        else shrink_row_bfloat(&bytes, row, (const uint16_t *)from + row * n, length + row, rest + row);
     }
-    first[rows] = found;
-    Search search = {screen, m, low, outliers, first, length, rest, from, rows, count, room, cap, list, (int)workers, logits, ids, examined};
+    Search search = {screen, m, bytes, length, rest, from, rows, count, room, cap, list, (int)workers, logits, ids, examined};
     share(engine->crew, (m->vocabulary + SCREEN_GROUPS * GROUP - 1) / (SCREEN_GROUPS * GROUP), screen_groups, &search);
     share(engine->crew, rows, decide, &search);
     return 0;

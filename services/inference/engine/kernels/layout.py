@@ -4,11 +4,18 @@ import ctypes
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 
 
+class Matrix(Structure):
+    """Packed weights; in int8 where they have a scale."""
+
+    _fields_ = [(name, c_void_p) for name in ("packed", "offset", "scale")]
+
+
 class Layer(Structure):
-    """Pointers into packed weights and the KV pool of one layer."""
+    """The packed weights of one layer, and pointers into its KV pool."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("qkv", "o", "gate_up", "down", "qkv_bias", "o_bias")),
+        *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, c_void_p) for name in ("qkv_bias", "o_bias")),
         *((name, c_void_p) for name in ("input_norm", "attention_norm", "feed_norm", "after_norm", "q_norm", "k_norm")),
         ("keys", c_void_p),
         ("values", c_void_p),
@@ -21,7 +28,10 @@ class Model(Structure):
     """Sizes and flags of a whole model."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "inner", "layers", "vocabulary", "activation", "wide")),
+        *(
+            (name, c_int64)
+            for name in ("hidden", "heads", "kv_heads", "head_dim", "inner", "layers", "vocabulary", "activation", "wide", "int8")
+        ),
         *((name, c_float) for name in ("epsilon", "score_scale", "score_cap", "embedding_scale")),
         ("embedding", c_void_p),
         ("head", c_void_p),
@@ -45,7 +55,7 @@ class Step(Structure):
 class Screen(Structure):
     """The output matrix in int8."""
 
-    _fields_ = [(name, c_void_p) for name in ("packed", "offset", "scale", "rest", "norm")]
+    _fields_ = [("matrix", Matrix), ("rest", c_void_p), ("norm", c_void_p)]
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -57,7 +67,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "argosy_step": (c_int64, [engine, POINTER(Model), POINTER(Step)]),
         "argosy_logits": (None, [engine, POINTER(Model), address, c_int64, c_float, address]),
         "argosy_pack": (None, [engine, address, address, *[c_int64] * 6]),
-        "argosy_quantise": (c_int64, [engine, POINTER(Model), *[address] * 5]),
+        "argosy_quantise": (None, [engine, POINTER(Matrix), *[address] * 3, *[c_int64] * 6]),
         "argosy_candidates": (c_int64, [engine, POINTER(Model), POINTER(Screen), address, c_int64, c_int64, c_float, *[address] * 3]),
     }
     for name, (result, arguments) in signatures.items():

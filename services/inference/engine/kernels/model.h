@@ -9,8 +9,15 @@
 
 enum { BLOCK = 16, GROUP = 64 };
 
+/* Packed in words; or, with a scale, in int8: row n is scale[n] * q[n], and `inputs in words` above becomes `inputs / 4`. */
 typedef struct {
-    const void *qkv, *o, *gate_up, *down; /* packed; gate_up: 32 gates, their 32 ups, and so on */
+    const void *packed;
+    const int32_t *offset; /* -128 * sum of q[n]: takes back the unsigned activations' offset */
+    const float *scale;    /* NULL: words */
+} Matrix;
+
+typedef struct {
+    Matrix qkv, o, gate_up, down;         /* gate_up: 32 gates, their 32 ups, and so on */
     const float *qkv_bias, *o_bias;       /* NULL: none */
     const float *input_norm, *attention_norm, *feed_norm, *after_norm; /* attention_norm, after_norm: of a sandwich, else NULL */
     const float *q_norm, *k_norm;         /* over a head; NULL: none */
@@ -23,6 +30,7 @@ typedef struct {
     int64_t hidden, heads, kv_heads, head_dim, inner, layers, vocabulary; /* inner: padded to 32 */
     int64_t activation; /* 0: SiLU; 1: GELU by tanh */
     int64_t wide;       /* 1: float32 elements; 0: bfloat16 */
+    int64_t int8;       /* 1: the layers' matrices are */
     float epsilon, score_scale, score_cap, embedding_scale; /* score_cap 0: none */
     const void *embedding, *head; /* row-major [vocabulary][hidden] */
     const float *final_norm;
@@ -38,10 +46,8 @@ typedef struct {
     float *out;                         /* [selected][hidden] */
 } Step;
 
-/* int8 screening of the output matrix. Quantised: weight row n is scale[n] * q[n]; see screen.h for the bound. */
+/* int8 screening of the output matrix; see screen.h for the bound. */
 typedef struct {
-    const int8_t *packed;   /* [vocabulary / 64][hidden / 4][64][4] */
-    const int32_t *offset;  /* -128 * sum of q[n]: takes back the unsigned activations' offset */
-    const float *scale;     /* [vocabulary] */
-    const float *rest, *norm; /* length of the quantisation's rest; of the row */
+    Matrix matrix;            /* in int8 */
+    const float *rest, *norm; /* [vocabulary] length of the quantisation's rest; of the row */
 } Screen;

@@ -1,6 +1,6 @@
 /* The largest logits without reading the whole output matrix in full precision, and exact all the same.
  *
- * Weights w and activations x are held as w = s q + e and x = u p + f, q in int8 and p in int8 but for a few outliers. Then
+ * Weights w and activations x are held as w = s q + e and x = u p + f, with q and p as in int8.h. Then
  *     w.x = s u q.p + e.(u p) + w.f   and so   |w.x - s u q.p| <= |e| |u p| + |w| |f|
  * and every logit has a lower and an upper bound. Rows whose upper bound misses the count-th best lower bound cannot be among the count
  * best; the others are computed exactly with the real weights. All is done for each row alone.
@@ -17,18 +17,10 @@ typedef struct {
     Candidate *list;
 } Shortlist;
 
-/* high bytes of one sign in one step of four columns */
-typedef struct {
-    int32_t step, negative;
-    uint32_t sizes; /* four unsigned bytes */
-} Outlier;
-
 typedef struct {
     const Screen *screen;
     const Model *model;
-    const uint8_t *low;  /* [rows][hidden], offset by 128 */
-    const Outlier *outliers; /* high bytes, zero but for the few values beyond SPREAD times the row's root mean square */
-    const long *first;       /* [rows + 1]: where each row's begin */
+    Bytes bytes;
     const float *length, *rest; /* |u p| / u and |f| / u of each row */
     const void *from;           /* [rows][hidden] elements */
     long rows, count, room;
@@ -95,78 +87,29 @@ static void admit_all(Shortlist *list, const Search *p, long id, unsigned in, __
 }
 
 #ifdef __AVX512VNNI__
-/* sum += 256 * (high . w): the unsigned operand is the size of the byte, its sign moves to the weights */
-static INLINE void add_high(const Search *p, long row, const int32_t *w, __m512i sum[4]) {
-    const Outlier *each = p->outliers + p->first[row], *end = p->outliers + p->first[row + 1];
-    __m512i product[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
-    for (; each < end; each++) {
-        const __m512i size = _mm512_set1_epi32((int)each->sizes), zero = _mm512_setzero_si512();
-        UNROLL for (int n = 0; n < 4; n++) {
-            __m512i part = _mm512_load_si512(w + (long)each->step * GROUP + 16 * n);
-            if (each->negative) part = _mm512_sub_epi8(zero, part);
-            product[n] = _mm512_dpbusd_epi32(product[n], size, part);
-        }
-    }
-    UNROLL for (int n = 0; n < 4; n++) sum[n] = _mm512_add_epi32(sum[n], _mm512_slli_epi32(product[n], 8));
-}
-
-static INLINE void screen_tile(const int R, const Search *p, long row, long group, Shortlist *lists) {
-    const Screen *s = p->screen;
-    const long steps = p->model->hidden / 4;
-    const int32_t *w = (const int32_t *)(s->packed + (size_t)group * steps * GROUP * 4);
-    const int32_t *x = (const int32_t *)(p->low + row * p->model->hidden);
-    __m512i sum[TILE_ROWS][4];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int n = 0; n < 4; n++) sum[r][n] = _mm512_loadu_si512(s->offset + group * GROUP + 16 * n);
-    for (long k = 0; k < steps; k++, w += GROUP) {
-        __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 16), w2 = _mm512_load_si512(w + 32), w3 = _mm512_load_si512(w + 48);
-        UNROLL for (int r = 0; r < R; r++) {
-            __m512i four = _mm512_set1_epi32(x[r * steps + k]);
-            sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], four, w0);
-            sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], four, w1);
-            sum[r][2] = _mm512_dpbusd_epi32(sum[r][2], four, w2);
-            sum[r][3] = _mm512_dpbusd_epi32(sum[r][3], four, w3);
-        }
-    }
-    int32_t kept[TILE_ROWS][4][16];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int n = 0; n < 4; n++) _mm512_storeu_si512(kept[r][n], sum[r][n]);
-    for (int r = 0; r < R; r++) {
-        Shortlist *list = lists + row + r;
-        __m512i whole[4];
-        UNROLL for (int n = 0; n < 4; n++) whole[n] = _mm512_loadu_si512(kept[r][n]);
-        add_high(p, row + r, (const int32_t *)(s->packed + (size_t)group * steps * GROUP * 4), whole);
-        UNROLL for (int n = 0; n < 4; n++) {
-            const long id = group * GROUP + 16 * n;
-            const __mmask16 on = lanes_between(0, p->model->vocabulary - id - 1);
-            __m512 score = _mm512_mul_ps(_mm512_cvtepi32_ps(whole[n]), _mm512_maskz_loadu_ps(on, s->scale + id));
-            __m512 bound = _mm512_mul_ps(_mm512_maskz_loadu_ps(on, s->norm + id), _mm512_set1_ps(p->rest[row + r]));
-            bound = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(on, s->rest + id), _mm512_set1_ps(p->length[row + r]), bound);
-            __m512 upper = _mm512_add_ps(score, bound);
-            __m512 bar = _mm512_set1_ps(list->have == p->count ? list->best[0] : -INFINITY);
-            unsigned in = _mm512_mask_cmp_ps_mask(on, upper, bar, _CMP_NLT_UQ); /* NaN stays in */
-            if (in) admit_all(list, p, id, in, upper, _mm512_sub_ps(score, bound));
-        }
-    }
-}
-
 static void screen_groups(void *with, long item, int worker) {
     const Search *p = with;
-    Shortlist *lists = p->lists + (long)worker * p->rows;
+    const Screen *s = p->screen;
     const long groups = (p->model->vocabulary + GROUP - 1) / GROUP;
+    int32_t sums[TILE_ROWS][GROUP];
     for (long group = item * SCREEN_GROUPS; group < groups && group < (item + 1) * SCREEN_GROUPS; group++)
         for (long row = 0; row < p->rows;) {
-            const long left = p->rows - row;
-            const int R = (int)(left >= TILE_ROWS ? TILE_ROWS : left);
-            switch (R) {
-                case 1: screen_tile(1, p, row, group, lists); break;
-                case 2: screen_tile(2, p, row, group, lists); break;
-                case 3: screen_tile(3, p, row, group, lists); break;
-                case 4: screen_tile(4, p, row, group, lists); break;
-                case 5: screen_tile(5, p, row, group, lists); break;
-                default: screen_tile(6, p, row, group, lists);
+            const int R = byte_products(&s->matrix, group, &p->bytes, row, p->rows, sums);
+            for (int r = 0; r < R; r++, row++) {
+                Shortlist *list = p->lists + (long)worker * p->rows + row;
+                UNROLL for (int n = 0; n < 4; n++) {
+                    const long id = group * GROUP + 16 * n;
+                    const __mmask16 on = lanes_between(0, p->model->vocabulary - id - 1);
+                    const __m512 whole = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums[r] + 16 * n));
+                    __m512 score = _mm512_mul_ps(whole, _mm512_maskz_loadu_ps(on, s->matrix.scale + id));
+                    __m512 bound = _mm512_mul_ps(_mm512_maskz_loadu_ps(on, s->norm + id), _mm512_set1_ps(p->rest[row]));
+                    bound = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(on, s->rest + id), _mm512_set1_ps(p->length[row]), bound);
+                    __m512 upper = _mm512_add_ps(score, bound);
+                    __m512 bar = _mm512_set1_ps(list->have == p->count ? list->best[0] : -INFINITY);
+                    unsigned in = _mm512_mask_cmp_ps_mask(on, upper, bar, _CMP_NLT_UQ); /* NaN stays in */
+                    if (in) admit_all(list, p, id, in, upper, _mm512_sub_ps(score, bound));
+                }
             }
-            row += R;
         }
 }
 #endif

@@ -46,12 +46,64 @@ static void NAME(normalise)(Element *to, const float *from, const float *weight,
         NAME(put16)(to + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(from + i), factor), _mm512_loadu_ps(weight + i)));
 }
 
+/* One row of activations to bytes; gives |u p| / u and |f| / u of screen.h. */
+static void NAME(shrink_row)(const Bytes *to, long row, const Element *from, float *length, float *rest) {
+    const long n = to->inputs;
+    __m512 squares = _mm512_setzero_ps(), lengths = squares, rests = squares;
+    for (long i = 0; i < n; i += 16) {
+        __m512 v = NAME(get16)(from + i);
+        squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    const float size = sqrtf(sum16(squares)), unit = size / sqrtf((float)n) * (SPREAD / 127), inverse = unit > 0 ? 1 / unit : 0;
+    to->unit[row] = unit;
+    to->outlying[row] = 0;
+    for (long i = 0; i < n; i += 16) shrink16(to, row, i, _mm512_mul_ps(NAME(get16)(from + i), _mm512_set1_ps(inverse)), &lengths, &rests);
+    /* The last term covers the float32 rounding of the exact logit: at most n * 2^-24 * |w| |x|, and as much again for this sum's own. */
+    *length = sqrtf(sum16(lengths)) * 1.0001f;
+    *rest = sqrtf(sum16(rests)) * 1.0001f + 2 * (float)n * 0x1p-24f * size * inverse;
+}
+
+/* One group of an int8 matrix: lanes `lane`.. of group first_group + item take group_rows rows. */
+static void NAME(quantise)(void *with, long item, int worker) {
+    const Quantising *p = with;
+    const long n = p->inputs, group = p->first_group + item, first = item * p->group_rows;
+    (void)worker;
+    for (long i = first; i < first + p->group_rows && i < p->rows; i++) {
+        const Element *row = (const Element *)p->from + (size_t)i * n;
+        const long lane = p->lane + i - first, id = group * GROUP + lane;
+        __m512 high = _mm512_setzero_ps(), squares = high, rests = high;
+        for (long k = 0; k < n; k += 16) {
+            __m512 v = NAME(get16)(row + k);
+            high = _mm512_max_ps(high, _mm512_abs_ps(v));
+            squares = _mm512_fmadd_ps(v, v, squares);
+        }
+        const float scale = _mm512_reduce_max_ps(high) / 127, inverse = scale > 0 ? 1 / scale : 0;
+        int32_t *to = (int32_t *)p->matrix.packed + (size_t)group * (size_t)(n / 4) * GROUP + lane;
+        __m512i sum = _mm512_setzero_si512();
+        for (long k = 0; k < n; k += 16) {
+            __m512 v = NAME(get16)(row + k);
+            __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse)));
+            sum = _mm512_add_epi32(sum, q);
+            __m512 e = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(scale), v);
+            rests = _mm512_fmadd_ps(e, e, rests);
+            int32_t four[4];
+            _mm_storeu_si128((__m128i *)four, _mm512_cvtsepi32_epi8(q));
+            for (int j = 0; j < 4; j++) to[(k / 4 + j) * GROUP] = four[j];
+        }
+        ((int32_t *)p->matrix.offset)[id] = -128 * _mm512_reduce_add_epi32(sum);
+        ((float *)p->matrix.scale)[id] = scale;
+        if (p->rest) p->rest[id] = sqrtf(sum16(rests)) * 1.0001f; /* float32 rounding of the sums themselves */
+        if (p->norm) p->norm[id] = sqrtf(sum16(squares)) * 1.0001f;
+    }
+}
+
 /* ---- packed matrix products ---- */
 
 typedef struct {
-    const uint32_t *weights; /* packed */
-    const Element *from;     /* [rows][stride] */
-    long rows, stride, words; /* stride in elements */
+    const Matrix *matrix;
+    const Element *from; /* [rows][inputs] */
+    long rows, inputs;
+    Bytes bytes; /* room for what an int8 matrix is multiplied with */
     const float *bias;
     float *to; /* [rows][to_stride]; or NULL: activated into `inner` */
     long to_stride;
@@ -59,14 +111,14 @@ typedef struct {
     long activation;
 } NAME(Product);
 
-static INLINE void NAME(tile)(const int R, const uint32_t *w, const uint32_t *x, long stride, long words, float out[TILE_ROWS][GROUP]) {
+static INLINE void NAME(tile)(const int R, const uint32_t *w, const uint32_t *x, long words, float out[TILE_ROWS][GROUP]) {
     __m512 sum[TILE_ROWS][4];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int n = 0; n < 4; n++) sum[r][n] = _mm512_setzero_ps();
     for (long k = 0; k < words; k++, w += GROUP) {
         __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 16), w2 = _mm512_load_si512(w + 32), w3 = _mm512_load_si512(w + 48);
         UNROLL for (int r = 0; r < R; r++) {
-            __m512i both = _mm512_set1_epi32((int)x[r * stride + k]);
+            __m512i both = _mm512_set1_epi32((int)x[r * words + k]);
             sum[r][0] = DOT(sum[r][0], w0, both);
             sum[r][1] = DOT(sum[r][1], w1, both);
             sum[r][2] = DOT(sum[r][2], w2, both);
@@ -77,43 +129,87 @@ static INLINE void NAME(tile)(const int R, const uint32_t *w, const uint32_t *x,
         UNROLL for (int n = 0; n < 4; n++) _mm512_storeu_ps(out[r] + 16 * n, sum[r][n]);
 }
 
+/* one row's 64 outputs to where they belong */
+static INLINE void NAME(deliver)(const NAME(Product) *p, long row, long group, const float out[GROUP]) {
+    if (p->to) {
+        float *to = p->to + row * p->to_stride + group * GROUP;
+        for (int n = 0; n < GROUP; n += 16) {
+            __m512 v = _mm512_loadu_ps(out + n);
+            if (p->bias) v = _mm512_add_ps(v, _mm512_loadu_ps(p->bias + group * GROUP + n));
+            _mm512_storeu_ps(to + n, v);
+        }
+    } else {
+        Element *to = p->inner + row * p->to_stride + group * (GROUP / 2);
+        for (int n = 0; n < GROUP / 2; n += 16) {
+            __m512 gate = _mm512_loadu_ps(out + n), up = _mm512_loadu_ps(out + GROUP / 2 + n);
+            NAME(put16)(to + n, _mm512_mul_ps(p->activation ? gelu(gate) : silu(gate), up));
+        }
+    }
+}
+
 /* 64 outputs of every row */
 static void NAME(multiply)(void *with, long group, int worker) {
     const NAME(Product) *p = with;
-    const uint32_t *w = p->weights + (size_t)group * p->words * GROUP;
+    const long words = WORDS(p->inputs);
+    const uint32_t *w = (const uint32_t *)p->matrix->packed + (size_t)group * words * GROUP;
     (void)worker;
     float out[TILE_ROWS][GROUP];
     for (long row = 0; row < p->rows;) {
         long left = p->rows - row;
         int R = (int)(left >= TILE_ROWS ? TILE_ROWS : left);
-        const uint32_t *x = (const uint32_t *)(p->from + row * p->stride);
-        long stride = WORDS(p->stride);
+        const uint32_t *x = (const uint32_t *)(p->from + row * p->inputs);
         switch (R) {
-            case 1: NAME(tile)(1, w, x, stride, p->words, out); break;
-            case 2: NAME(tile)(2, w, x, stride, p->words, out); break;
-            case 3: NAME(tile)(3, w, x, stride, p->words, out); break;
-            case 4: NAME(tile)(4, w, x, stride, p->words, out); break;
-            case 5: NAME(tile)(5, w, x, stride, p->words, out); break;
-            default: NAME(tile)(6, w, x, stride, p->words, out);
+            case 1: NAME(tile)(1, w, x, words, out); break;
+            case 2: NAME(tile)(2, w, x, words, out); break;
+            case 3: NAME(tile)(3, w, x, words, out); break;
+            case 4: NAME(tile)(4, w, x, words, out); break;
+            case 5: NAME(tile)(5, w, x, words, out); break;
+            default: NAME(tile)(6, w, x, words, out);
         }
-        for (int r = 0; r < R; r++) {
-            if (p->to) {
-                float *to = p->to + (row + r) * p->to_stride + group * GROUP;
-                for (int n = 0; n < GROUP; n += 16) {
-                    __m512 v = _mm512_loadu_ps(out[r] + n);
-                    if (p->bias) v = _mm512_add_ps(v, _mm512_loadu_ps(p->bias + group * GROUP + n));
-                    _mm512_storeu_ps(to + n, v);
-                }
-            } else {
-                Element *to = p->inner + (row + r) * p->to_stride + group * (GROUP / 2);
-                for (int n = 0; n < GROUP / 2; n += 16) {
-                    __m512 gate = _mm512_loadu_ps(out[r] + n), up = _mm512_loadu_ps(out[r] + GROUP / 2 + n);
-                    NAME(put16)(to + n, _mm512_mul_ps(p->activation ? gelu(gate) : silu(gate), up));
-                }
-            }
-        }
+        for (int r = 0; r < R; r++) NAME(deliver)(p, row + r, group, out[r]);
         row += R;
     }
+}
+
+#define ROWS_AT_ONCE 4 /* an item of the row-wise phases */
+
+static void NAME(shrink)(void *with, long item, int worker) {
+    const NAME(Product) *p = with;
+    float length, rest;
+    (void)worker;
+    for (long row = item * ROWS_AT_ONCE; row < p->rows && row < (item + 1) * ROWS_AT_ONCE; row++)
+        NAME(shrink_row)(&p->bytes, row, p->from + row * p->inputs, &length, &rest);
+}
+
+static void NAME(multiply_bytes)(void *with, long group, int worker) {
+#ifdef __AVX512VNNI__
+    const NAME(Product) *p = with;
+    (void)worker;
+    int32_t sums[TILE_ROWS][GROUP];
+    float out[GROUP];
+    for (long row = 0; row < p->rows;) {
+        const int R = byte_products(p->matrix, group, &p->bytes, row, p->rows, sums);
+        for (int r = 0; r < R; r++, row++) {
+            const __m512 unit = _mm512_set1_ps(p->bytes.unit[row]);
+            UNROLL for (int n = 0; n < GROUP; n += 16) {
+                const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(p->matrix->scale + group * GROUP + n), unit);
+                _mm512_storeu_ps(out + n, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums[r] + n)), scale));
+            }
+            NAME(deliver)(p, row, group, out);
+        }
+    }
+#else
+    (void)with, (void)group, (void)worker; /* no int8 matrix is made without VNNI */
+#endif
+}
+
+/* `groups` times 64 outputs of every row */
+static void NAME(product)(Crew *crew, long groups, NAME(Product) p) {
+    if (p.matrix->scale) {
+        p.bytes.inputs = p.inputs;
+        share(crew, (p.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, NAME(shrink), &p);
+        share(crew, groups, NAME(multiply_bytes), &p);
+    } else share(crew, groups, NAME(multiply), &p);
 }
 
 /* ---- the step ---- */
@@ -135,8 +231,6 @@ typedef struct {
     float *own;   /* scratch of each worker */
     long own_size;
 } NAME(Pass);
-
-#define ROWS_AT_ONCE 4 /* an item of the row-wise phases */
 
 static void NAME(enter)(void *with, long item, int worker) {
     const NAME(Pass) *p = with;
@@ -379,26 +473,23 @@ static void NAME(run)(Crew *crew, const Model *m, const Step *s, const Span *spa
     p.attended = take_room(&at, rows * m->heads * d * sizeof(Element));
     p.inner = take_room(&at, rows * m->inner * sizeof(Element));
     p.own = take_room(&at, crew->threads * p.own_size * sizeof(float));
+    const Bytes bytes = m->int8 ? take_bytes(&at, T, most_inputs(m)) : (Bytes){0};
     p.layer = m->layer;
     share(crew, in_rows, NAME(enter), &p);
     for (long l = 0; l < m->layers; l++) {
         const Layer *layer = p.layer = m->layer + l;
         p.next = l + 1 < m->layers ? layer + 1 : NULL;
-        NAME(Product) qkv = {.weights = layer->qkv, .from = p.in, .rows = T, .stride = m->hidden, .words = WORDS(m->hidden),
-                             .bias = layer->qkv_bias, .to = p.qkv, .to_stride = p.width};
-        share(crew, p.width / GROUP, NAME(multiply), &qkv);
+        NAME(product)(crew, p.width / GROUP, (NAME(Product)){.matrix = &layer->qkv, .from = p.in, .rows = T, .inputs = m->hidden, .bytes = bytes,
+                                                             .bias = layer->qkv_bias, .to = p.qkv, .to_stride = p.width});
         share(crew, T, NAME(place), &p);
         share(crew, span_count * m->kv_heads, NAME(attend), &p);
-        NAME(Product) o = {.weights = layer->o, .from = p.attended, .rows = T, .stride = m->heads * d, .words = WORDS(m->heads * d),
-                           .bias = layer->o_bias, .to = p.y, .to_stride = p.padded};
-        share(crew, p.padded / GROUP, NAME(multiply), &o);
+        NAME(product)(crew, p.padded / GROUP, (NAME(Product)){.matrix = &layer->o, .from = p.attended, .rows = T, .inputs = m->heads * d, .bytes = bytes,
+                                                              .bias = layer->o_bias, .to = p.y, .to_stride = p.padded});
         share(crew, in_rows, NAME(after_attention), &p);
-        NAME(Product) feed = {.weights = layer->gate_up, .from = p.in, .rows = T, .stride = m->hidden, .words = WORDS(m->hidden),
-                              .inner = p.inner, .to_stride = m->inner, .activation = m->activation};
-        share(crew, m->inner / (GROUP / 2), NAME(multiply), &feed);
-        NAME(Product) down = {.weights = layer->down, .from = p.inner, .rows = T, .stride = m->inner, .words = WORDS(m->inner),
-                              .to = p.y, .to_stride = p.padded};
-        share(crew, p.padded / GROUP, NAME(multiply), &down);
+        NAME(product)(crew, m->inner / (GROUP / 2), (NAME(Product)){.matrix = &layer->gate_up, .from = p.in, .rows = T, .inputs = m->hidden, .bytes = bytes,
+                                                                    .inner = p.inner, .to_stride = m->inner, .activation = m->activation});
+        NAME(product)(crew, p.padded / GROUP, (NAME(Product)){.matrix = &layer->down, .from = p.inner, .rows = T, .inputs = m->inner, .bytes = bytes,
+                                                              .to = p.y, .to_stride = p.padded});
         share(crew, in_rows, NAME(after_feed), &p);
     }
     for (long i = 0; i < s->selected; i++) {
