@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--deadline", type=float, default=3.0, help="seconds of each call")
     parser.add_argument("--loads", type=float, nargs="+", default=[5.0, 10.0], help="times capacity")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each phase; more than the deadline")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each phase; more than the deadline")
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
     uvloop.run(serve_engine(asked) if asked.engine else measure(asked))

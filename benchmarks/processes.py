@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -34,6 +35,8 @@ class Failed(Exception):
 async def process(*arguments: str, log: Path, environ: Mapping[str, str] | None = None) -> AsyncIterator[asyncio.subprocess.Process]:
     """`python -m ARGUMENTS` with its standard output piped and its log in a file; terminated, and waited for, at the end."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("ARGOSY_")}
+    if task := asyncio.current_task():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # else what was started would outlive us
     with log.open("wb") as errors:
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-m", *arguments, env=own | dict(environ or {}), stdin=asyncio.subprocess.DEVNULL,
