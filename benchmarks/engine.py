@@ -28,12 +28,12 @@ import msgspec
 import torch
 from tokenizers import Tokenizer
 
-from services.inference.engine import weights
 from services.inference.engine.backend import Batch
 from services.inference.engine.calls import Done, Generate, Limits, Sampling, Token
 from services.inference.engine.host import ProcessHost
 from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import BLOCK_SIZE
+from services.pretrained import weights
 
 PROMPTS = (
     "The capital of France is",

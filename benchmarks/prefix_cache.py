@@ -18,8 +18,8 @@ from argosy.requests import config
 from benchmarks.processes import fleet
 from benchmarks.record import header, spread, table
 from benchmarks.served import MODEL, prompt
-from services.inference.engine import weights
-from services.inference.tokenizer import Tokenizer
+from services.pretrained import weights
+from services.pretrained.tokenizer import Tokenizer
 
 
 async def first_token(client: AsyncClient, text: str) -> tuple[float, int, int]:

@@ -24,11 +24,11 @@ from argosy.aio import AsyncClient
 from argosy.requests import config
 from benchmarks.processes import fleet
 from benchmarks.record import header, percentile, spread, table
-from services.inference.engine import weights
 from services.inference.engine.calls import Done, Generate, Limits, Sampling, Token
 from services.inference.engine.host import ProcessHost
 from services.inference.engine.settings import EngineSettings
-from services.inference.tokenizer import Tokenizer
+from services.pretrained import weights
+from services.pretrained.tokenizer import Tokenizer
 
 MODEL = "models/gemma-3-270m"
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # tokens of a prompt, about

@@ -29,10 +29,10 @@ from services.gateway.server import signing_key as load_key
 from services.gateway.settings import GatewaySettings
 from services.gateway.sql_ledger import LedgerSettings
 from services.gateway.store import StoreSettings, bootstrap
-from services.inference.engine import weights
 from services.inference.server import AUDIENCE, replica
 from services.inference.settings import InferenceSettings
 from services.postgres import PostgresFailed, embedded_postgres
+from services.pretrained import weights
 
 Progress = Callable[[int, int, str], None]
 ADDRESS = "127.0.0.1:8443"

@@ -17,13 +17,13 @@ from services.chassis.interceptors import Policy, verified
 from services.chassis.server import Serving, serve
 from services.chassis.telemetry import Telemetry
 from services.inference.canary import Canary
-from services.inference.engine import weights
 from services.inference.engine.host import EngineLost, Host, ProcessHost
 from services.inference.gauges import measure
 from services.inference.servicers.engine import EngineServicer, Model, Pace, model_name, new_instance
 from services.inference.settings import InferenceSettings
-from services.inference.templates import ChatTemplate, TemplateRefused, load_template
-from services.inference.tokenizer import Tokenizer, TokenizerUnsupported
+from services.pretrained import weights
+from services.pretrained.templates import ChatTemplate, TemplateRefused, load_template
+from services.pretrained.tokenizer import Tokenizer, TokenizerUnsupported
 
 __all__ = ["AUDIENCE", "Replica", "Vocabulary", "inference", "replica", "why_not"]
 

@@ -4,14 +4,7 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Control", "OutputText", "StopMatcher", "Utf8Stream"]
-
-
-@dataclass(frozen=True, slots=True)
-class Control:
-    """A control token in a rendered prompt, between runs of plain text."""
-
-    id: int
+__all__ = ["OutputText", "StopMatcher", "Utf8Stream"]
 
 
 class Utf8Stream:

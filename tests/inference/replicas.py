@@ -16,8 +16,8 @@ from services.chassis.channel import open_channel
 from services.chassis.identity import CALLER_KEY, Caller, CallerSigner, CallerVerifier
 from services.inference.server import AUDIENCE, inference
 from services.inference.settings import InferenceSettings
-from services.inference.templates import PlainTemplate
-from services.inference.tokenizer import Tokenizer
+from services.pretrained.templates import PlainTemplate
+from services.pretrained.tokenizer import Tokenizer
 from tests.fakes.host import FakeHost
 from tests.inference.vocabularies import byte_fallback
 

@@ -12,7 +12,7 @@ from argosy.v1 import content_pb2, generation_pb2, language_pb2, model_pb2
 from argosy_internal.engine.v1 import engine_pb2
 from services.chassis.telemetry import Telemetry
 from services.inference.engine.calls import Load
-from services.inference.templates import JinjaTemplate
+from services.pretrained.templates import JinjaTemplate
 from tests.fakes.host import FakeHost
 from tests.inference.replicas import TOKENIZER, client, ids, kinds, reason, request, said, signed, text
 

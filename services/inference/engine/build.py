@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from services.inference.engine import weights
 from services.inference.engine.backend import Backend
 from services.inference.engine.calls import Hello, Sampling
 from services.inference.engine.eager import EagerBackend
@@ -17,6 +16,7 @@ from services.inference.engine.kernels import Unsupported
 from services.inference.engine.runner import TorchRunner, pack
 from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import BLOCK_SIZE, Row
+from services.pretrained import weights
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from services.inference.engine.backend import Batch
 from services.inference.engine.kernels import Unsupported
 from services.inference.engine.step import BLOCK_SIZE, DeviceLost
-from services.inference.engine.weights import ModelRefused
+from services.pretrained.weights import ModelRefused
 
 if TYPE_CHECKING:
     from services.inference.engine.settings import EngineSettings

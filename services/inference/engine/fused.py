@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from services.inference.engine import kernels, weights
+from services.inference.engine import kernels
 from services.inference.engine.backend import Batch
 from services.inference.engine.kernels import Unsupported, layout
 from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import BLOCK_SIZE
+from services.pretrained import weights
 
 GROUP = 64  # outputs side by side in a packed matrix
 KV_TOKENS = 65_536  # of the pool when the settings leave it open; pages are committed as they are written

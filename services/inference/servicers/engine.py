@@ -28,8 +28,8 @@ from services.inference.servicers.generating import Generation, Who, served
 from services.inference.servicers.measured import Work
 from services.inference.servicers.outbox import Outbox
 from services.inference.servicers.plans import Planner, messages_from_proto, tools_from_proto
-from services.inference.templates import ChatTemplate
-from services.inference.tokenizer import Tokenizer
+from services.pretrained.templates import ChatTemplate
+from services.pretrained.tokenizer import Tokenizer
 
 __all__ = ["USAGE_KEY", "EngineServicer", "Model", "Pace"]
 

@@ -20,7 +20,7 @@ from services.inference.servicers.measured import Work
 from services.inference.servicers.outbox import Outbox
 from services.inference.servicers.plans import Plan, Segment
 from services.inference.text import OutputText
-from services.inference.tokenizer import Tokenizer
+from services.pretrained.tokenizer import Tokenizer
 
 __all__ = ["Generation", "Spent", "Who", "refusal"]
 

@@ -10,9 +10,9 @@ from services.chassis.errors import FieldInvalid, FieldOutOfRange, ModelCapabili
 from services.inference import tasks
 from services.inference.engine.calls import Hello
 from services.inference.languages import Language, language
-from services.inference.templates import ChatTemplate, JinjaTemplate, Message, TemplateRefused, Tool, ToolCall
-from services.inference.text import Control
-from services.inference.tokenizer import Tokenizer
+from services.pretrained.control import Control
+from services.pretrained.templates import ChatTemplate, JinjaTemplate, Message, TemplateRefused, Tool, ToolCall
+from services.pretrained.tokenizer import Tokenizer
 
 __all__ = ["Plan", "Planner", "Segment", "messages_from_proto"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Tokenizer
 
-from services.inference.text import Control
+from services.pretrained.control import Control
 
 __all__ = ["Piece", "Tokenizer", "TokenizerUnsupported"]
 

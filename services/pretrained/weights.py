@@ -1,7 +1,7 @@
 """Where a model's files come from: the packaged default, a directory, a GGUF file or the hub. No torch until a conversion runs.
 
 What comes out is always a directory of *.safetensors, config.json and tokenizer.json. A GGUF file is converted once, in a process of
-its own (`python -m services.inference.engine.weights SOURCE TARGET`), under a lock, and appears whole or not at all. No pickle is read,
+its own (`python -m services.pretrained.weights SOURCE TARGET`), under a lock, and appears whole or not at all. No pickle is read,
 no code of a model runs, and no chat template is taken over.
 """
 
@@ -134,7 +134,7 @@ def _converted(source: Path, target: Path, tell: Progress) -> Path:
         root = str(Path(__file__).resolve().parents[3])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
         child = subprocess.Popen(
-            [sys.executable, "-m", "services.inference.engine.weights", source, target],
+            [sys.executable, "-m", "services.pretrained.weights", source, target],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from services.inference.text import Control
+from services.pretrained.control import Control
 
 __all__ = ["ChatTemplate", "JinjaTemplate", "Message", "PlainTemplate", "TemplateRefused", "Tool", "ToolCall", "load_template"]
 

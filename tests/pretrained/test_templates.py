@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from services.inference.templates import JinjaTemplate, Message, PlainTemplate, TemplateRefused, Tool, ToolCall, load_template
-from services.inference.text import Control
-from services.inference.tokenizer import Tokenizer
+from services.pretrained.control import Control
+from services.pretrained.templates import JinjaTemplate, Message, PlainTemplate, TemplateRefused, Tool, ToolCall, load_template
+from services.pretrained.tokenizer import Tokenizer
 from tests.inference.vocabularies import KINDS
 
 TOKENIZER = Tokenizer(KINDS["byte-level"]())

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from services.inference.engine import weights
 from services.inference.engine.build import build
-from services.inference.engine.weights import ModelRefused, ModelUnavailable, digest, prepare
+from services.pretrained import weights
+from services.pretrained.weights import ModelRefused, ModelUnavailable, digest, prepare
 from tests.inference.engine import tiny
 from tests.inference.engine.tiny import Walk, drive
 
@@ -147,7 +147,7 @@ def test_the_second_time_is_the_same_directory_untouched(converted: Converted) -
 def test_two_at_once_convert_once(converted: Converted, tmp_path: Path) -> None:
     _, _, home, _ = converted
     code = (
-        "from pathlib import Path; from services.inference.engine.weights import prepare;"
+        "from pathlib import Path; from services.pretrained.weights import prepare;"
         f"print(prepare({str(home / 'tiny.gguf')!r}, Path({str(tmp_path)!r})))"
     )
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -291,7 +291,7 @@ def test_the_digest_follows_the_files_and_hashes_them_once(tmp_path: Path, monke
 def test_the_process_on_the_wire_prepares_without_torch(converted: Converted) -> None:
     _, directory, home, _ = converted
     code = (
-        "import sys; from pathlib import Path; from services.inference.engine.weights import prepare, digest;"
+        "import sys; from pathlib import Path; from services.pretrained.weights import prepare, digest;"
         f"d = prepare({str(home / 'tiny.gguf')!r}, Path({str(home / 'cache')!r})); digest(d, Path({str(home / 'cache')!r}));"
         "print(d, 'torch' in sys.modules)"
     )

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.inference.text import Control, Utf8Stream
-from services.inference.tokenizer import Tokenizer, TokenizerUnsupported
+from services.inference.text import Utf8Stream
+from services.pretrained.control import Control
+from services.pretrained.tokenizer import Tokenizer, TokenizerUnsupported
 from tests.inference.vocabularies import CONTROL, KINDS, PLACEHOLDER
 
 TOKENIZERS = {name: Tokenizer(build()) for name, build in KINDS.items()}
