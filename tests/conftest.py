@@ -12,12 +12,16 @@ import asyncpg
 import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from services.finetune.schema import METADATA as FINETUNE
+from services.finetune.store import SCHEMA
+from services.finetune.store import migrate as migrate_finetune
 from services.gateway.schema import METADATA
 from services.gateway.store import migrate
 from services.postgres import embedded_postgres
 
 TEMPLATE = "argosy_template"
-HEAD = "0001"  # the newest schema version: a test that leaves another leaves a database that cannot be used again
+# The newest schema versions: a test that leaves another leaves a database that cannot be used again.
+HEAD, FINETUNE_HEAD = "0001", "f0003"
 # Nothing here outlives a test run, so nothing waits for a disk.
 QUICK = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
 
@@ -71,7 +75,9 @@ class Server:
                 f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}' AND pid <> pg_backend_pid()",
                 "SET session_replication_role = replica",  # the ledger's own guard would refuse
                 *(f"DELETE FROM {table.name}" for table in reversed(METADATA.sorted_tables)),
+                *(f"DELETE FROM {SCHEMA}.{table.name}" for table in reversed(FINETUNE.sorted_tables)),
                 f"DO $$ BEGIN ASSERT (SELECT version_num FROM schema_version) = '{HEAD}'; END $$",
+                f"DO $$ BEGIN ASSERT (SELECT version_num FROM {SCHEMA}.schema_version) = '{FINETUNE_HEAD}'; END $$",
             )
         except asyncpg.PostgresError:
             await self._execute(self._url, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
@@ -99,6 +105,8 @@ class Server:
             engine = create_async_engine(_database(url, TEMPLATE))
             async with engine.begin() as connection:
                 await connection.run_sync(migrate)
+            async with engine.begin() as connection:
+                await connection.run_sync(migrate_finetune)
             await engine.dispose()
             self._up.set()
             await self._leave.wait()
@@ -122,3 +130,9 @@ def postgres_url(_postgres_server: Server) -> Iterator[str]:
     url = _postgres_server.take()
     yield url
     _postgres_server.give_back(url)
+
+
+@pytest.fixture
+def finetune_url(postgres_url: str) -> str:
+    """The same, by the name of the schema a test is about: both are in every database."""
+    return postgres_url

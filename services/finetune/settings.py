@@ -1,1 +1,60 @@
-"""The variables of the fine-tune service. Each is `ARGOSY_` and the field's name in capitals; durations carry their unit."""
+"""The variables of the fine-tuning service; each is `ARGOSY_` and the field's name in capitals, durations carry their unit."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from services.chassis.server import Listener
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """How jobs are run."""
+
+    launcher: Literal["local"] = "local"
+    training_slots: int = field(default=1, metadata={"minimum": 0})  # attempts running at once
+    training_address: str = ""  # host:port at which attempts reach TrainingService; empty: the listener's own
+    training_python: Path | None = None  # interpreter of local attempts; None: our own
+    runs_dir: Path | None = None  # private folders of local attempts; None: under the cache
+    training_memory_bytes: int | None = field(
+        default=None, metadata={"minimum": 1 << 26}
+    )  # data segment of a local attempt; None: unlimited
+    lease_seconds: float = field(default=30.0, metadata={"minimum": 0.2})  # an attempt not heard from for longer is lost
+    report_seconds: float = field(default=2.0, metadata={"minimum": 0.05, "maximum": 10.0})  # between an attempt's reports
+    stop_seconds: float = field(default=30.0, metadata={"minimum": 0.1})  # from SIGTERM to SIGKILL: longer than a checkpoint takes
+    poll_seconds: float = field(default=1.0, metadata={"minimum": 0.02})  # between looks at a job that nothing woke us for
+    retry_seconds: float = field(default=2.0, metadata={"minimum": 0.0})  # first backoff after a lost attempt, jittered, doubled up to 16 x
+    attempts_without_progress: int = field(default=3, metadata={"minimum": 1})  # that committed nothing new, in a row; then the job fails
+    paused_days: float = field(default=30.0, metadata={"minimum": 0.0})  # a paused job is cancelled after that
+
+
+@dataclass(frozen=True)
+class JobQuotas:
+    """What one project may have, and what it pays. 0: unlimited."""
+
+    jobs_per_project: int = field(default=16, metadata={"minimum": 0})  # not at rest
+    running_jobs_per_project: int = field(default=4, metadata={"minimum": 0})  # the rest wait in QUEUED
+    training_tokens_per_job: int = field(default=2_000_000_000, metadata={"minimum": 0})
+    training_tokens_per_day: int = field(default=0, metadata={"minimum": 0})
+    training_nanos_per_second: int = field(default=20_000, metadata={"minimum": 0})  # price of a second of an attempt, 1e-9 of a unit
+    cost_currency: str = "USD"
+
+
+@dataclass(frozen=True)
+class FineTuneSettings:
+    """One control plane of fine-tuning."""
+
+    listener: Listener = field(default_factory=Listener)
+    jobs: JobSettings = field(default_factory=JobSettings)
+    quotas: JobQuotas = field(default_factory=JobQuotas)
+    database_url: str = ""  # postgresql://…; empty: the fleet's embedded server
+    database_connections: int = field(default=8, metadata={"minimum": 2, "maximum": 64})
+    store_url: str = ""  # object store: file:///…, s3://…, gs://…, az://…, memory://; empty: the fleet's folder
+    bases: tuple[str, ...] = ("gemma-3-270m=default",)  # `name=directory or hub id`: what jobs may start from, as models/{name}
+    cache_dir: str | None = None  # of prepared weights; None: the user's cache
+    caller_public_keys: tuple[str, ...] = ()  # `kid=path` of an Ed25519 public key in PEM
+    manifest_key: Path | None = None  # PEM, Ed25519: signs what is published; None: one drawn at start, as tests use
+    manifest_kid: str = "finetune"
+    page_token_key: str = field(default="", repr=False)  # 64 hex digits, secret, the same for every process; empty: drawn at start
+    callback_address: str = ""  # host:port of the KubeflowCallback endpoint; empty: none
+    operator_images: tuple[str, ...] = ()  # `name=image@sha256:…` that may report through it; never a tenant's
