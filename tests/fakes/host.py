@@ -13,18 +13,25 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from services.inference.engine.calls import (
-    Call,
+    AdapterReady,
+    Asked,
     Continuation,
     Done,
     Embed,
     Embedded,
     Ended,
+    Evict,
     FinishReason,
     FromEngine,
     Generate,
     Hello,
+    Label,
+    Labelled,
     Load,
+    Prefetch,
     PromptScored,
     Sampling,
     Score,
@@ -58,6 +65,7 @@ def hello(**changes: Any) -> Hello:
         "default_sampling": Sampling(seed=0, temperature=1.0, top_k=64, top_p=0.95),
         "end_token_ids": (2,),
         "backend": "eager",
+        "adapter_slots": 4,
     }
     return Hello(**(said | changes))
 
@@ -77,7 +85,7 @@ class FakeHost:
     hello: Hello = field(default_factory=hello)
     load: Load = IDLE
     warm: asyncio.Event | None = None  # `start` waits for it
-    calls: list[Call] = field(default_factory=list)
+    calls: list[Asked] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     totals: Counter[str] = field(default_factory=Counter)  # tokens, done, aborted, lost
     closed: bool = False
@@ -85,6 +93,7 @@ class FakeHost:
     golden: Sequence[int] = tuple(range(10, 18))  # what the replica's own golden prompt (class EXPLAIN) is answered; not counted
     golden_error: str | None = None  # or this, as its `Done.error`
     error: str | None = None  # `Done.error` of each call, in place of an answer
+    adapters: dict[tuple[str, str], AdapterReady] = field(default_factory=dict)  # by owner and digest; see `tuned`
     _stopped: set[tuple[str, int]] = field(default_factory=set)
     _aborted: set[str] = field(default_factory=set)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -158,10 +167,15 @@ class FakeHost:
         self.closed = True
         self.changed()
 
-    async def submit(self, call: Call) -> AsyncIterator[FromEngine]:
+    def tuned(self, owner: str, digest: str, **fields: Any) -> str:
+        """Let an adapter exist; `fields` are AdapterReady's. Returns its digest."""
+        self.adapters[owner, digest] = AdapterReady("", digest, **fields)
+        return digest
+
+    async def submit(self, call: Asked) -> AsyncIterator[FromEngine]:
         if not self.ready:
             raise EngineNotReady("scripted")
-        if call.work_class is WorkClass.EXPLAIN:
+        if isinstance(call, Generate) and call.work_class is WorkClass.EXPLAIN:
             for token in self.golden:
                 yield Token(call.id, 0, token)
             yield Ended(call.id, 0, FinishReason.LENGTH)
@@ -184,9 +198,21 @@ class FakeHost:
             self.totals[ended] += 1
             self.changed()
 
-    async def _messages(self, call: Call) -> AsyncIterator[FromEngine]:
+    async def _messages(self, call: Asked) -> AsyncIterator[FromEngine]:
+        nothing = Usage(0, 0, 0), Timings(0.0, 0.0, 0.0)
         if self.error is not None:
-            yield Done(call.id, Usage(0, 0, 0), Timings(0.0, 0.0, 0.0), self.error)
+            yield Done(call.id, *nothing, self.error)
+            return
+        if isinstance(call, Evict):
+            self.adapters = {key: ready for key, ready in self.adapters.items() if key[1] != call.digest}
+            yield Done(call.id, *nothing)
+            return
+        digest = call.digest if isinstance(call, Prefetch) else call.adapter
+        ready = self.adapters.get((call.owner, digest)) if digest else None
+        if digest and ready is None:
+            if isinstance(call, Prefetch):
+                yield AdapterReady(call.id, digest, error="adapter_unknown")
+            yield Done(call.id, *nothing, "adapter_unknown")
             return
         match call:
             case Generate():
@@ -196,6 +222,16 @@ class FakeHost:
                 yield self._score(call)
                 read = len(call.prefix) + sum(map(len, call.continuations))
                 yield Done(call.id, Usage(read, 0, 0), Timings(0.001, 0.002, 0.0))
+            case Prefetch():
+                assert ready is not None
+                yield msgspec.structs.replace(ready, id=call.id)
+                yield Done(call.id, *nothing)
+            case Label():
+                assert ready is not None
+                count = len(ready.labels)
+                logits = [[likely(ids, place) for place in range(count)] for ids in call.inputs]
+                yield Labelled(call.id, tuple(struct.pack(f"<{count}f", *row) for row in logits))
+                yield Done(call.id, Usage(sum(map(len, call.inputs)), 0, 0), Timings(0.001, 0.002, 0.0))
             case Embed():
                 vectors = tuple(struct.pack(f"<{self.hello.width}f", *self._vector(ids)) for ids in call.inputs)
                 yield Embedded(call.id, vectors)

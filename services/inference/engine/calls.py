@@ -1,8 +1,11 @@
 """All that crosses the border between the process on the wire and the engine's process.
 
-Values only: frozen, msgspec-encoded, no protobuf, no tensor. Parent to child: `Generate`, `Score`, `Embed`, `Stop`, `Abort`, `Drain`.
-Child to parent: `Hello` once, then `Token`, `PromptScored`, `Ended`, `Done`, `Scored`, `Embedded`, `Load`. Both directions travel as a
-`Frame`: a tuple of messages a step, so that a batch of 32 tokens costs one write.
+Values only: frozen, msgspec-encoded, no protobuf, no tensor. Parent to child: `Generate`, `Score`, `Embed`, `Label`, `Prefetch`, `Evict`,
+`Stop`, `Abort`, `Drain`. Child to parent: `Hello` once, then `Token`, `PromptScored`, `Ended`, `Done`, `Scored`, `Embedded`, `Labelled`,
+`AdapterReady`, `Load`. Both directions travel as a `Frame`: a tuple of messages a step, so that a batch of 32 tokens costs one write.
+
+A call may name an adapter by its digest; `owner` is then the project that it must belong to. An adapter that is not here is fetched while
+the call waits beside the batch; one that is unknown, or another project's, ends the call with the same `adapter_unknown`.
 """
 
 import enum
@@ -68,6 +71,8 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     top_logprobs: int | None = None  # 0..5; None: no log-probabilities
     prompt_logprobs: bool = False
     work_class: WorkClass = WorkClass.INTERACTIVE
+    adapter: str = ""  # digest; empty: the base alone
+    owner: str = ""  # uid of the project that the adapter belongs to
 
 
 class Score(msgspec.Struct, frozen=True, tag=True):
@@ -86,6 +91,8 @@ class Score(msgspec.Struct, frozen=True, tag=True):
     probes: tuple[int, ...] = ()
     first_probes: tuple[int, ...] = ()  # asked only at the prefix's last token; up to the vocabulary
     work_class: WorkClass = WorkClass.INTERACTIVE
+    adapter: str = ""
+    owner: str = ""
 
 
 class Embed(msgspec.Struct, frozen=True, tag=True):
@@ -97,6 +104,38 @@ class Embed(msgspec.Struct, frozen=True, tag=True):
     tenant: str
     cache_salt: bytes
     work_class: WorkClass = WorkClass.INTERACTIVE
+    adapter: str = ""
+    owner: str = ""
+
+
+class Label(msgspec.Struct, frozen=True, tag=True):
+    """What an adapter's head says of each input: logits, float32, before any temperature."""
+
+    id: str
+    inputs: tuple[tuple[int, ...], ...]
+    adapter: str  # one with a head
+    owner: str
+    deadline_s: float
+    tenant: str
+    cache_salt: bytes
+    work_class: WorkClass = WorkClass.INTERACTIVE
+
+
+class Prefetch(msgspec.Struct, frozen=True, tag=True):
+    """Have an adapter here: answered by `AdapterReady` when it is loaded, or with why it cannot be; then `Done`."""
+
+    id: str
+    digest: str
+    owner: str
+    deadline_s: float
+
+
+class Evict(msgspec.Struct, frozen=True, tag=True):
+    """Let go of an adapter: calls that use it end as CANCELLED, later ones must fetch it anew. Answered by `Done`."""
+
+    id: str
+    digest: str
+    owner: str = ""  # empty: whoever's it is
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -116,8 +155,9 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
     """Finish what runs; the child exits 0 when idle."""
 
 
-Call = Generate | Score | Embed
-ToEngine = Generate | Score | Embed | Stop | Abort | Drain
+Call = Generate | Score | Embed | Label  # what sequences are made of
+Asked = Call | Prefetch | Evict  # what is answered up to a `Done`
+ToEngine = Generate | Score | Embed | Label | Prefetch | Evict | Stop | Abort | Drain
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -193,6 +233,28 @@ class Embedded(msgspec.Struct, frozen=True, tag=True):
     vectors: tuple[bytes, ...]
 
 
+class Labelled(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `Label`: little-endian float32 logits, one for each of the head's labels; followed by `Done`."""
+
+    id: str
+    logits: tuple[bytes, ...]
+
+
+class AdapterReady(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `Prefetch`. With `error`, a word of `engine.ERRORS`, the rest says nothing."""
+
+    id: str
+    digest: str
+    seconds: float = 0.0  # from the first call for it until it was loaded; 0: it was here
+    labels: tuple[str, ...] = ()  # of its head, in the order of the logits; empty: it has none
+    temperature: float = 1.0
+    pooling: str = "LAST"  # or MEAN
+    max_tokens: int = 0  # of one window of a text to label, what precedes any text included
+    method: str = ""  # CHAT, CLASSIFY or PREFERENCE
+    template_hash: str = ""
+    error: str | None = None
+
+
 class Load(msgspec.Struct, frozen=True, tag=True):
     """What the gateway predicts waits from. Sent each 100 ms while anything runs, and on change."""
 
@@ -208,6 +270,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     steps: int  # since start
     step_s: float  # mean of the recent steps
     batch: int  # sequences in the last step
+    adapters: tuple[str, ...] = ()  # digests that need no fetch, most recently used last
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -226,6 +289,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     default_sampling: Sampling
     end_token_ids: tuple[int, ...]
     backend: str  # "fused" or "eager": which forward runs
+    adapter_slots: int = 0  # adapters that one step can mix; 0: none can be loaded
 
 
-FromEngine = Hello | Token | PromptScored | Ended | Done | Scored | Embedded | Load
+FromEngine = Hello | Token | PromptScored | Ended | Done | Scored | Embedded | Labelled | AdapterReady | Load

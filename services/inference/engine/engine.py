@@ -25,11 +25,14 @@ from services.inference.engine.calls import (
     Embed,
     Embedded,
     Ended,
+    Evict,
     FinishReason,
     FromEngine,
     Generate,
     Hello,
+    Label,
     Load,
+    Prefetch,
     Score,
     Stop,
     Timings,
@@ -46,6 +49,12 @@ from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import BLOCK_SIZE, DeviceLost, Row, RowResult, Runner
 
 ERRORS = {
+    "no_adapters": "refused: this engine cannot load any",
+    "adapter_unknown": "no adapter of this digest belongs to this owner",
+    "adapter_refused": "the adapter's files failed a check",
+    "adapter_unavailable": "the store did not answer",
+    "adapter_failed": "a step raised with this adapter alone in it",
+    "adapter_headless": "labels were asked of an adapter without a head",
     "draining": "refused: the engine takes no more calls",
     "queue_full": "refused: too many sequences wait",
     "empty_input": "refused: an input has no token",
@@ -104,6 +113,8 @@ class Engine:
         match message:
             case Generate() | Score() | Embed():
                 self._begin(message)
+            case Label() | Prefetch() | Evict():
+                self._events.append(Done(message.id, Usage(0, 0, 0), Timings(0.0, 0.0, 0.0), "no_adapters"))
             case Stop(id=id, index=index):
                 live = self._lives.get(id)
                 if live is not None and isinstance(live.call, Generate) and index < len(live.sequences):

@@ -17,7 +17,7 @@ from typing import Protocol, cast
 
 import msgspec
 
-from services.inference.engine.calls import Call, Drain, FromEngine, Hello, Load, ToEngine
+from services.inference.engine.calls import Asked, Drain, FromEngine, Hello, Load, ToEngine
 from services.inference.engine.engine import Engine, offered, run
 from services.inference.engine.frames import FrameError, encode, from_engine, sealed
 from services.inference.engine.inbox import Inbox
@@ -63,7 +63,7 @@ class Host(Protocol):
         """Readiness now and at each change: for the health service."""
         ...
 
-    def submit(self, call: Call) -> AsyncGenerator[FromEngine, None]:
+    def submit(self, call: Asked) -> AsyncGenerator[FromEngine, None]:
         """Messages about one call, ending with `Done`. Closing it early aborts the call.
 
         Raises EngineNotReady, EngineLost or SlowReader; ValueError if a live call has this id.

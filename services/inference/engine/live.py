@@ -5,7 +5,19 @@ from collections.abc import Iterator
 from math import isfinite
 
 from services.inference.engine.blocks import blocks_for
-from services.inference.engine.calls import Call, Continuation, Embed, Generate, PromptScored, Sampling, Score, Scored, Timings, Usage
+from services.inference.engine.calls import (
+    Call,
+    Continuation,
+    Embed,
+    Generate,
+    Label,
+    PromptScored,
+    Sampling,
+    Score,
+    Scored,
+    Timings,
+    Usage,
+)
 from services.inference.engine.sequence import Report, Sequence, State
 from services.inference.engine.step import BLOCK_SIZE, Draw, Row, RowResult
 
@@ -46,7 +58,7 @@ class Live:
             case Score():
                 self.shared = (len(call.prefix) - 1) // BLOCK_SIZE * BLOCK_SIZE
                 return self._continuations(call)
-            case Embed():
+            case Embed() | Label():
                 return [self._sequence(i, tokens, pool=True) for i, tokens in enumerate(call.inputs)]
 
     def _output(self, call: Generate, index: int) -> Sequence:
@@ -143,7 +155,7 @@ class Live:
                 read = max((min(s.reached, len(prefix)) for s in self.sequences), default=0)
                 read += sum(max(0, s.reached - len(prefix)) for s in self.sequences)
                 whole = len(prefix) + sum(map(len, continuations))
-            case Embed(inputs=inputs):
+            case Embed(inputs=inputs) | Label(inputs=inputs):
                 read = sum(s.reached for s in self.sequences)
                 whole = sum(map(len, inputs))
         if finished:
@@ -171,7 +183,7 @@ def refusal(call: Call, vocabulary: int, context: int, blocks: int) -> str | Non
             inputs = [prefix]
             longest = len(prefix) + max(map(len, continuations), default=0)
             ids = (*(i for continuation in continuations for i in continuation), *call.probes, *call.first_probes)
-        case Embed():
+        case Embed() | Label():
             inputs = list(call.inputs)
             longest = max(map(len, inputs), default=0)
             ids = ()

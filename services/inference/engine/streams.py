@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Generic, TypeVar
 
-from services.inference.engine.calls import Abort, Call, Done, FromEngine, Hello, Load, Stop, ToEngine
+from services.inference.engine.calls import Abort, Asked, Done, FromEngine, Hello, Load, Stop, ToEngine
 
 STREAM_FRAMES = 64  # that a stream may be behind
 NO_LOAD = Load(0, 0, 0, 0, 0.0, 0.0, 0, 0, 0, 0, 0.0, 0)
@@ -124,7 +124,7 @@ class Streaming:
         """See `host.Host`."""
         self._post(Abort(ids))
 
-    async def submit(self, call: Call) -> AsyncGenerator[FromEngine, None]:
+    async def submit(self, call: Asked) -> AsyncGenerator[FromEngine, None]:
         """See `host.Host`."""
         id = call.id
         while (leaving := self._leaving.get(id)) is not None:

@@ -10,7 +10,7 @@ from opentelemetry import trace
 from argosy.v1 import usage_pb2
 from services.chassis.errors import ServiceError
 from services.chassis.telemetry import Telemetry
-from services.inference.engine.calls import Call, Done, FinishReason
+from services.inference.engine.calls import Asked, Done, FinishReason
 from services.inference.engine.host import Host
 
 __all__ = ["EngineCall", "Work"]
@@ -57,7 +57,7 @@ class Work:
             self._first_at = time.monotonic()
 
     @contextmanager
-    def call(self, call: Call) -> Iterator[EngineCall]:
+    def call(self, call: Asked) -> Iterator[EngineCall]:
         """A span for a call to the engine while the block runs, with its waiting, prefill and decode below it."""
         self._calls += 1
         told, began_ns = EngineCall(), time.time_ns()
