@@ -11,8 +11,8 @@ from sqlalchemy import ColumnElement, Text, and_, case, cast, delete, func, inse
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from services.chassis.lists import Condition
 from services.gateway.keys import Grant
-from services.gateway.lists import Condition
 from services.gateway.schema import api_keys, audit_events, ledger, projects, quota_counters, quota_policies, request_replays
 
 Row = Mapping[Any, Any]  # column → value

@@ -19,6 +19,7 @@ from argosy.v1 import embedding_pb2, explanation_pb2, generation_pb2, language_p
 from services.chassis.errors import ServiceError
 from services.chassis.identity import Caller, CallerSigner
 from services.chassis.interceptors import Authenticate, Incoming, Policy
+from services.chassis.lists import PageTokens
 from services.chassis.server import Serving, public, serve
 from services.chassis.telemetry import Telemetry
 from services.gateway.access import MAX_STREAM_SECONDS
@@ -26,7 +27,6 @@ from services.gateway.authentication import authenticating, deadline_cap_s, perm
 from services.gateway.gauges import Spooling, measure
 from services.gateway.keys import PEPPER_BYTES
 from services.gateway.ledger import Ledger, Tariff
-from services.gateway.lists import PageTokens
 from services.gateway.replicas import Replicas
 from services.gateway.servicers.api_key import ApiKeyServicer
 from services.gateway.servicers.embedding import EmbeddingServicer

@@ -28,11 +28,11 @@ from argosy.admin.v1 import (
 )
 from argosy.v1 import usage_pb2 as amounts
 from services.chassis.interceptors import Policy
+from services.chassis.lists import PageTokens
 from services.chassis.server import Listener, serve
 from services.gateway.access import ACCESS
 from services.gateway.authentication import authenticating, deadline_cap_s, permit
 from services.gateway.ledger import Outcome, Tariff
-from services.gateway.lists import PageTokens
 from services.gateway.server import administration
 from services.gateway.servicers.register import handlers
 from services.gateway.settings import GatewaySettings

@@ -9,9 +9,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from argosy.admin.v1 import api_key_pb2 as pb
 from argosy.v1 import usage_pb2
-from services.chassis import bounds
+from services.chassis import bounds, lists
 from services.chassis.errors import ApiKeyInvalid, FieldInvalid, ResourceNotFound, ScopeMissing, WrongState
-from services.gateway import keys, lists, records
+from services.gateway import keys, records
 from services.gateway.access import SCOPES
 from services.gateway.keys import Grant
 from services.gateway.ledger import Tariff

@@ -5,8 +5,8 @@ from typing import Any, Protocol
 from argosy.v1 import model_pb2
 from services.chassis import bounds
 from services.chassis.errors import FieldInvalid
+from services.chassis.lists import PAGE, PageTokens
 from services.gateway.catalog import Catalog, Served
-from services.gateway.lists import PAGE, PageTokens
 from services.gateway.servicers.relay import caller
 
 SERVICE = "argosy.v1.ModelService"

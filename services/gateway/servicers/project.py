@@ -8,9 +8,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from argosy.admin.v1 import project_pb2 as pb
 from argosy.v1 import deletion_pb2
-from services.chassis import bounds
+from services.chassis import bounds, lists
 from services.chassis.errors import ResourceExists, ResourceNotFound, WrongState
-from services.gateway import lists, records
+from services.gateway import records
 from services.gateway.records import Row
 from services.gateway.servicers.resources import PROJECT_NAME, Desk, Owner, caller, owner, paths, segments, timestamp
 

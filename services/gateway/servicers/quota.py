@@ -6,9 +6,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from argosy.admin.v1 import quota_pb2 as pb
 from argosy.v1 import usage_pb2
-from services.chassis import bounds
+from services.chassis import bounds, lists
 from services.chassis.errors import FieldInvalid
-from services.gateway import lists, records
+from services.gateway import records
 from services.gateway.ledger import Tariff
 from services.gateway.records import Row
 from services.gateway.servicers.resources import POLICY_NAME, Desk, Owner, owner, paths, segments, timestamp

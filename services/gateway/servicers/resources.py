@@ -21,8 +21,8 @@ from services.chassis.errors import (
     ResourceNotFound,
 )
 from services.chassis.identity import CALLER, Caller
+from services.chassis.lists import PAGE, PAGE_BYTES, PageTokens
 from services.gateway import records
-from services.gateway.lists import PAGE, PAGE_BYTES, PageTokens
 from services.gateway.records import Row
 from services.gateway.store import Store
 
