@@ -143,7 +143,8 @@ def _needed(field: FieldDescriptor, rule: Mapping[str, Any]) -> Together | None:
 
         return specified
     else:
-        least, unit = rule.get("bytes", rule.get("range", (0, 0)))[0], "bytes" if "bytes" in rule else _unit(field)
+        least = rule.get("size", rule.get("bytes", rule.get("range", (0, 0))))[0]
+        unit = "bytes" if "bytes" in rule or "size" in rule else _unit(field)
     if least <= 0:
         return None
 
@@ -173,6 +174,8 @@ def _value(field: FieldDescriptor, rule: Mapping[str, Any]) -> Check:
         return _number(rule, _unit(field))
     if field.type == FieldDescriptor.TYPE_STRING:
         return _text(rule)
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return _bytes(rule)
     if field.type in INTEGERS or field.type == FieldDescriptor.TYPE_BOOL:
         return _pass
     raise LookupError(f"bounds.py has no rule for the type of {field.full_name}")
@@ -225,6 +228,16 @@ def _text(rule: Mapping[str, Any]) -> Check:
             reading.add(size, path)
 
     return text
+
+
+def _bytes(rule: Mapping[str, Any]) -> Check:
+    least, most = rule["size"]
+
+    def size(value: bytes, path: str, reading: _Reading) -> None:
+        if not least <= len(value) <= most:
+            raise FieldOutOfRange(path, len(value), least if len(value) < least else most, "bytes")
+
+    return size
 
 
 def _expand(pattern: str) -> str:
@@ -440,6 +453,18 @@ def named(resource: str) -> Together:
     return has_name
 
 
+def dataset_has_format(message: Any, at: str) -> None:
+    """A new dataset says what its rows are."""
+    if not message.dataset.format:
+        raise FieldInvalid(f"{at}dataset.format", "missing")
+
+
+def model_has_base(message: Any, at: str) -> None:
+    """A new model says what it builds on."""
+    if not message.model.base_model:
+        raise FieldOutOfRange(f"{at}model.base_model", 0, 1, "bytes")
+
+
 def engine_generates(message: Any, at: str) -> None:
     """The config that counts obeys the rules of the method whose request it came with; an EXTRACTIVE answer is not generated."""
     which = message.WhichOneof("prompt")
@@ -469,6 +494,10 @@ TOGETHER: dict[str, tuple[Together, ...]] = {
     "argosy.v1.EmbedTextsRequest": (vectors_fit_reply,),
     "argosy.admin.v1.QueryUsageRequest": (range_in_order,),
     "argosy.admin.v1.CreateApiKeyRequest": (key_has_scopes,),
+    "argosy.v1.CreateDatasetRequest": (dataset_has_format,),
+    "argosy.v1.UpdateDatasetRequest": (named("dataset"),),
+    "argosy.v1.UpdateModelRequest": (named("model"),),
+    "argosy.v1.CreateModelRequest": (model_has_base,),
     "argosy.admin.v1.UpdateProjectRequest": (named("project"),),
     "argosy.admin.v1.UpdateApiKeyRequest": (named("api_key"),),
     "argosy.internal.engine.v1.GenerateRequest": (engine_generates,),

@@ -271,6 +271,13 @@ class RequestInFlight(ServiceError, code="ABORTED", retry=Retry.AFTER):
         super().__init__(field="request_id", retry_after_s=retry_after_s)
 
 
+class WorkerFenced(ServiceError, code="ABORTED"):
+    """Another attempt has taken this run over."""
+
+    def __init__(self) -> None:
+        super().__init__(field="fence")
+
+
 class UploadOffset(ServiceError, code="OUT_OF_RANGE"):
     """The chunk does not continue what is stored."""
 

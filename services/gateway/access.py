@@ -14,6 +14,8 @@ class Cost(enum.Enum):
     REQUEST = "L"
     TOKENS = "T"
     PASSES = "P"
+    BYTES = "B"  # as a request; finetune counts the bytes against the quota
+    JOB = "J"  # as a request; finetune quotes the job, reserves its price and settles once
 
 
 class Idempotency(enum.Enum):
@@ -22,6 +24,7 @@ class Idempotency(enum.Enum):
     READ = "read"  # nothing to repeat
     REPLAY = "r"  # the same request id and body gets the same reply for 24 h
     HANDLE = "h"  # a request id completes at most once
+    OFFSET = "o"  # bytes that are stored already are skipped
 
 
 SCOPES: Final = frozenset(
@@ -44,11 +47,13 @@ class Access:
     cost: Cost = Cost.REQUEST
     idempotency: Idempotency = Idempotency.READ
     stream: bool = False  # the server streams
+    client_stream: bool = False
 
     @property
     def cap_s(self) -> float:
         """The deadline of a call that has none, and the longest one may ask for."""
-        return MAX_STREAM_SECONDS if self.stream or self.cost is not Cost.REQUEST else MAX_CALL_SECONDS
+        long = self.stream or self.client_stream or self.cost in {Cost.TOKENS, Cost.PASSES}
+        return MAX_STREAM_SECONDS if long else MAX_CALL_SECONDS
 
 
 def _rows(service: str, **methods: Access) -> dict[str, Access]:
@@ -59,6 +64,12 @@ _writes = Access("generate", Cost.TOKENS, Idempotency.HANDLE)
 _streams = Access("generate", Cost.TOKENS, Idempotency.HANDLE, stream=True)
 _counts = Access("generate")
 _models = Access("models.read")
+_changes_models = Access("models.write", idempotency=Idempotency.REPLAY)
+_promotes = Access("models.promote", idempotency=Idempotency.REPLAY)
+_data = Access("datasets.read")
+_changes_data = Access("datasets.write", idempotency=Idempotency.REPLAY)
+_jobs = Access("finetune.read")
+_changes_jobs = Access("finetune.write", idempotency=Idempotency.REPLAY)
 _platform = Access("platform", idempotency=Idempotency.REPLAY)
 _changes_keys = Access("keys.write", idempotency=Idempotency.REPLAY)
 
@@ -90,8 +101,59 @@ ACCESS: Final[dict[str, Access]] = {
     ),
     **_rows(
         "argosy.v1.ModelService",
+        CreateModel=_changes_models,
         GetModel=_models,
         ListModels=_models,
+        UpdateModel=_changes_models,
+        DeleteModel=_changes_models,
+        CreateModelVersion=_changes_models,
+        GetModelVersion=_models,
+        ListModelVersions=_models,
+        DeleteModelVersion=_changes_models,
+        ImportModelVersion=Access("models.write", Cost.BYTES, Idempotency.REPLAY, client_stream=True),
+        ExportModelVersion=Access("models.read", Cost.BYTES, stream=True),
+        CreateEvaluation=Access("models.write", Cost.JOB, Idempotency.REPLAY),
+        GetEvaluation=_models,
+        ListEvaluations=_models,
+        GetModelAlias=_models,
+        ListModelAliases=_models,
+        MoveModelAlias=_promotes,  # `force` also needs `models.force`
+        RollbackModelAlias=_promotes,
+        DeleteModelAlias=_promotes,
+    ),
+    **_rows(
+        "argosy.v1.DatasetService",
+        CreateDataset=_changes_data,
+        GetDataset=_data,
+        ListDatasets=_data,
+        UpdateDataset=_changes_data,
+        DeleteDataset=_changes_data,
+        CreateUpload=_changes_data,
+        GetUpload=_data,
+        ResumeUpload=_changes_data,
+        WriteUpload=Access("datasets.write", Cost.BYTES, Idempotency.OFFSET, client_stream=True),
+        FinalizeUpload=_changes_data,
+        DeleteUpload=_changes_data,
+        GetDatasetVersion=_data,
+        ListDatasetVersions=_data,
+        DeleteDatasetVersion=_changes_data,
+        RedactDatasetVersion=_changes_data,
+        ListRowErrors=_data,
+        ReadDatasetVersion=Access("datasets.content", Cost.BYTES, stream=True),
+        GetDeletion=_data,
+    ),
+    **_rows(
+        "argosy.v1.FineTuneService",
+        CreateFineTuneJob=Access("finetune.write", Cost.JOB, Idempotency.REPLAY),
+        GetFineTuneJob=_jobs,
+        ListFineTuneJobs=_jobs,
+        CancelFineTuneJob=_changes_jobs,
+        PauseFineTuneJob=_changes_jobs,
+        ResumeFineTuneJob=_changes_jobs,
+        DeleteFineTuneJob=_changes_jobs,
+        ListCheckpoints=_jobs,
+        ListFineTuneJobEvents=_jobs,
+        WatchFineTuneJob=Access("finetune.read", stream=True),
     ),
     **_rows(
         "argosy.admin.v1.ProjectService",

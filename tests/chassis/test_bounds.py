@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from argosy.admin.v1 import api_key_pb2, project_pb2, usage_pb2
-from argosy.v1 import config_pb2, content_pb2, embedding_pb2, generation_pb2, language_pb2, model_pb2
+from argosy.v1 import config_pb2, content_pb2, dataset_pb2, embedding_pb2, generation_pb2, language_pb2, model_pb2
 from argosy_internal.engine.v1 import engine_pb2
 from services.chassis import bounds
 from services.chassis.bounds import BOUNDS, PROMPT_BYTES, check
@@ -34,6 +34,26 @@ SAMPLES = {  # a value of each pattern
     "projects/{s}/apiKeys/{s}": "projects/p/apiKeys/k",
     "projects/{s}/quotaPolicy": "projects/p/quotaPolicy",
     "(projects/{s}/)?models/{s}": MODEL,
+    "models/{s}": MODEL,
+    **{
+        name: name.replace("{s}", "1")
+        for name in (
+            "projects/{s}/models/{s}",
+            "projects/{s}/models/{s}/versions/{s}",
+            "projects/{s}/models/{s}/aliases/{s}",
+            "projects/{s}/models/{s}/evaluations/{s}",
+            "projects/{s}/datasets/{s}",
+            "projects/{s}/datasets/{s}/versions/{s}",
+            "projects/{s}/datasets/{s}/uploads/{s}",
+            "projects/{s}/fineTuneJobs/{s}",
+            "projects/{s}/fineTuneJobs/{s}/checkpoints/{s}",
+            "projects/{s}/deletions/{s}",
+        )
+    },
+    "[0-9a-f]{64}": "0" * 64,
+    "[0-9a-f-]{36}": "0b5f1d3e-8c1a-4e53-9c43-1f6f8a3f9b10",
+    "[a-z0-9_.-]+": "adapter.safetensors",
+    "[,;|\t]": ";",
     "[A-Za-z0-9_-]+": "tool",
     "[A-Z]+": "EUR",
     r"[a-z_]+(\.[a-z_]+)?": "models.read",
@@ -60,6 +80,8 @@ def sample(field: FieldDescriptor, rule: dict[str, Any], salt: int = 0) -> Any:
         if "pattern" in rule:
             return SAMPLES[rule["pattern"]]
         return f"{salt}" * max(1, rule["bytes"][0])
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return b"x" * rule["size"][0]
     return rule["range"][1]
 
 
@@ -74,12 +96,21 @@ def smallest(name: str) -> Any:
         rule = rules[field.name]
         if rule.get("ignored") or field.containing_oneof is not None:
             continue
-        least = rule.get("count", rule.get("bytes", (0,)))[0]
+        numbers = () if field.has_presence else rule.get("range", (0,))
+        least = next(iter(rule.get("count", rule.get("bytes", rule.get("size", numbers)))), 0)
         if least > 0 or (rule.get("given") and not field.is_repeated):
             put(message, field, rule, max(1, least) if field.is_repeated else 1)
     match name:
         case "argosy.v1.AnswerQuestionRequest":
             message.passages.add(text="It rained.")
+        case "argosy.v1.CreateDatasetRequest":
+            message.dataset.format = dataset_pb2.DATASET_FORMAT_CHAT
+        case "argosy.v1.UpdateDatasetRequest":
+            message.dataset.name = "projects/p/datasets/d"
+        case "argosy.v1.CreateModelRequest":
+            message.model.base_model = MODEL
+        case "argosy.v1.UpdateModelRequest":
+            message.model.name = "projects/p/models/m"
         case "argosy.admin.v1.CreateApiKeyRequest":
             message.api_key.scopes.append("generate")
         case "argosy.admin.v1.UpdateApiKeyRequest":
@@ -145,6 +176,8 @@ def test_every_request_field_has_bounds() -> None:
                 assert "count" in rule, f"{where}: how many?"
             if field.type == FieldDescriptor.TYPE_STRING:
                 assert "bytes" in rule or "uuid4" in rule, f"{where}: how long?"
+            if field.type == FieldDescriptor.TYPE_BYTES:
+                assert "size" in rule, f"{where}: how long?"
             if field.type in bounds.FLOATS or (field.type in bounds.INTEGERS and where != "argosy.v1.Sampling.seed"):
                 assert "range" in rule, f"{where}: between what?"
             if field.message_type is not None and field.message_type.full_name == "google.protobuf.Duration":
@@ -158,7 +191,7 @@ def number(value: float) -> str:
 def seconds(value: float) -> str:
     if 0 < value < 1:
         return f"{value * 1_000:g} ms"
-    return f"{value // 86_400:g} days" if value >= 86_400 else f"{value:g} s"
+    return f"{value // 86_400:,} days" if value >= 86_400 else f"{value:g} s"
 
 
 def phrases(rule: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -176,10 +209,15 @@ def phrases(rule: dict[str, Any]) -> list[tuple[str, ...]]:
     if "bytes" in rule and rule.get("pattern") != "{s}":
         least, most = (number(n) for n in rule["bytes"])
         exact = rule["bytes"][0] == rule["bytes"][1]
-        said.append((f"{least}..{most} bytes", f"{least}..{most} of ", f"≤{most} bytes") if not exact else ("3 capital letters", "UUID4"))
+        whole = {3: "3 capital letters", 36: "UUID", 64: "64 hex digits"}
+        said.append((whole[rule["bytes"][0]],) if exact else (f"{least}..{most} bytes", f"{least}..{most} of ", f"≤{most} bytes"))
+    if "size" in rule:
+        least, most = (number(n) for n in rule["size"])
+        said.append((f"{least}..{most} bytes",))
     if "seconds" in rule:
         least, most = rule["seconds"]
-        said.append((f"{seconds(least) if least else 0}..{seconds(most)}",))
+        first = seconds(least).removesuffix(" days") if least >= 86_400 else seconds(least) if least else 0
+        said.append((f"{first}..{seconds(most)}",))
     return said
 
 
@@ -209,7 +247,7 @@ def test_comments_promise_no_other_limits() -> None:
             for least, most in re.findall(
                 r"(?<![\w.])(-?[\d,]+)\.\.([\d,]+)(?![\w.^]|,\d)(?! s\b| days| ms)", comments()[f"{name}.{field}"]
             ):
-                held = [rule.get(key) for key in ("range", "count", "bytes")] + [rule.get("values", {}).get("range")]
+                held = [rule.get(key) for key in ("range", "count", "bytes", "size")] + [rule.get("values", {}).get("range")]
                 if [int(least.replace(",", "")), int(most.rstrip(",").replace(",", ""))] not in held:
                     wrong.append(f"{name}.{field}: {least}..{most}")
     assert not wrong, "\n".join(wrong)
@@ -237,7 +275,9 @@ def test_each_range_holds_its_ends_and_nothing_beyond(name: str, field: str) -> 
         beyond += [math.nan, math.inf, -math.inf, most + 1e-4, least - 1e-4]
     elif descriptor.type in (FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_INT64):
         beyond += [least - 1, -1 << 31]
-    for value in (value for value in beyond if floating or least or value >= 0 or descriptor.type not in (13, 4)):
+    unsigned = descriptor.type in (FieldDescriptor.TYPE_UINT32, FieldDescriptor.TYPE_UINT64)
+    widest = (2**32 if descriptor.type == FieldDescriptor.TYPE_UINT32 else 2**64 if unsigned else 2**63) - 1
+    for value in (value for value in beyond if floating or (value <= widest and (least or value >= 0 or not unsigned))):
         setattr(message, field, value)
         error = refused(message)
         assert isinstance(error, FieldOutOfRange) and error.metadata["field"] == field
@@ -280,6 +320,19 @@ def test_each_text_holds_its_length_in_bytes(name: str, field: str) -> None:
         assert refused(message).field == path
 
 
+@pytest.mark.parametrize(("name", "field"), with_rule("size"))
+def test_each_chunk_holds_its_size(name: str, field: str) -> None:
+    least, most = BOUNDS[name][field]["size"]
+    for size, fine in [(least, True), (most, True), (least - 1, False), (most + 1, False)]:
+        message, _, _ = clear(name, field)
+        setattr(message, field, b"\0" * size)
+        if fine:
+            check(message)
+        else:
+            error = refused(message)
+            assert (type(error), error.field, error.metadata["unit"]) == (FieldOutOfRange, field, "bytes")
+
+
 @pytest.mark.parametrize(("name", "field"), [pair for pair in with_rule("count") if pair[1] != "update_mask"])
 def test_each_list_and_map_holds_its_count(name: str, field: str) -> None:
     least, most = BOUNDS[name][field]["count"]
@@ -312,9 +365,10 @@ def test_each_list_and_map_holds_its_count(name: str, field: str) -> None:
 @pytest.mark.parametrize(("name", "field"), with_rule("seconds"))
 def test_each_duration_holds_its_ends(name: str, field: str) -> None:
     least, most = BOUNDS[name][field]["seconds"]
-    for nanos, fine in [(least * 1e9, True), (most * 1e9, True), (least * 1e9 - 1, False), (most * 1e9 + 1, False)]:
+    shortest, longest = (round(limit * 10**9) for limit in (least, most))
+    for nanos, fine in [(shortest, True), (longest, True), (shortest - 1, False), (longest + 1, False)]:
         message, _, _ = clear(name, field)
-        getattr(message, field).FromNanoseconds(round(nanos))
+        getattr(message, field).FromNanoseconds(nanos)
         if fine:
             check(message)
         else:
@@ -644,7 +698,7 @@ FLOATS = [(name, field) for name, field in with_rule("range") if new(name).DESCR
 @DERANDOMISED
 def test_C3_a_float_passes_if_and_only_if_it_is_inside(value: float, pair: tuple[str, str]) -> None:
     name, field = pair
-    message = new(name)
+    message, _, _ = clear(name, field)
     setattr(message, field, value)
     least, most = BOUNDS[name][field]["range"]
     if (least < value if BOUNDS[name][field].get("open") else least <= value) and value <= most:
@@ -666,8 +720,9 @@ def wild(descriptor: Any, dice: random.Random, density: float, depth: int = 0) -
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             target = getattr(message, field.name)
             for key in range(dice.choice([0, 1, 3])):
-                if field.message_type.fields_by_name["key"].type == FieldDescriptor.TYPE_STRING:
-                    target[dice.choice(WILD_TEXT)] = dice.choice(WILD_TEXT)
+                entry = field.message_type.fields_by_name
+                if entry["key"].type == FieldDescriptor.TYPE_STRING:
+                    target[dice.choice(WILD_TEXT)] = wild_value(entry["value"], dice, density, depth)
                 else:
                     target[key * dice.choice([1, 2**20])] = dice.choice(WILD_FLOAT)
             continue
@@ -689,6 +744,8 @@ def wild_value(field: FieldDescriptor, dice: random.Random, density: float, dept
         return dice.choice(WILD_FLOAT)
     if field.type == FieldDescriptor.TYPE_STRING:
         return dice.choice(WILD_TEXT)
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return dice.choice([b"", b"\0", b"\xff" * 300])
     if field.type == FieldDescriptor.TYPE_BOOL:
         return dice.random() < 0.5
     if field.type in (FieldDescriptor.TYPE_UINT32, FieldDescriptor.TYPE_UINT64):

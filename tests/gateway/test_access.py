@@ -8,7 +8,7 @@ from google.protobuf.descriptor import MethodDescriptor
 
 from services.gateway.access import ACCESS, SCOPES, Cost, Idempotency, access_of
 
-MODULES = [f"argosy.v1.{m}_pb2" for m in ("generation", "language", "embedding", "explanation", "model")] + [
+MODULES = [f"argosy.v1.{m}_pb2" for m in ("generation", "language", "embedding", "explanation", "model", "dataset", "finetune")] + [
     f"argosy.admin.v1.{m}_pb2" for m in ("project", "api_key", "quota", "usage")
 ]
 
@@ -28,13 +28,15 @@ def test_C2_every_rpc_has_scope_cost_idempotency() -> None:
 def test_row_fits_its_rpc(path: str, method: MethodDescriptor) -> None:
     access = ACCESS[path]
     assert access.scope is None or access.scope in SCOPES
-    assert access.stream == method.server_streaming
-    has_request_id = "request_id" in method.input_type.fields_by_name
-    repeatable = access.idempotency is not Idempotency.READ
+    assert (access.stream, access.client_stream) == (method.server_streaming, method.client_streaming)
+    asked = method.input_type.fields_by_name
+    has_request_id = "request_id" in (asked["header"].message_type.fields_by_name if method.client_streaming else asked)
+    repeatable = access.idempotency not in {Idempotency.READ, Idempotency.OFFSET}
     assert has_request_id == repeatable or method.name == "GetRequestUsage" or (has_request_id and access.cost is Cost.REQUEST)
-    if access.cost is not Cost.REQUEST:
+    generates = access.cost in {Cost.TOKENS, Cost.PASSES}
+    if generates:
         assert access.idempotency is Idempotency.HANDLE
-    assert access.cap_s == (300.0 if access.stream or access.cost is not Cost.REQUEST else 30.0)
+    assert access.cap_s == (300.0 if generates or method.server_streaming or method.client_streaming else 30.0)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from google.api import resource_pb2 as google_dot_api_dot_resource__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61rgosy/v1/deletion.proto\x12\targosy.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe8\x02\n\x08\x44\x65letion\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x11\n\x03uid\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12.\n\x05state\x18\x06 \x01(\x0e\x32\x19.argosy.v1.Deletion.StateB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x14\n\x06target\x18\r \x01(\tB\x04\xe2\x41\x01\x03\"A\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_RUNNING\x10\x01\x12\x0e\n\nSTATE_DONE\x10\x02:A\xea\x41>\n\x13\x61rgosy.dev/Deletion\x12\'projects/{project}/deletions/{deletion}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61rgosy/v1/deletion.proto\x12\targosy.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x99\x03\n\x08\x44\x65letion\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x11\n\x03uid\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12.\n\x05state\x18\x06 \x01(\x0e\x32\x19.argosy.v1.Deletion.StateB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x14\n\x06target\x18\r \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x63\x65rtificate\x18\x0e \x01(\tB\x04\xe2\x41\x01\x03\x12\x14\n\x06\x65rased\x18\x0f \x03(\tB\x04\xe2\x41\x01\x03\"A\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_RUNNING\x10\x01\x12\x0e\n\nSTATE_DONE\x10\x02:A\xea\x41>\n\x13\x61rgosy.dev/Deletion\x12\'projects/{project}/deletions/{deletion}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,10 +46,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETION'].fields_by_name['end_time']._serialized_options = b'\342A\001\003'
   _globals['_DELETION'].fields_by_name['target']._loaded_options = None
   _globals['_DELETION'].fields_by_name['target']._serialized_options = b'\342A\001\003'
+  _globals['_DELETION'].fields_by_name['certificate']._loaded_options = None
+  _globals['_DELETION'].fields_by_name['certificate']._serialized_options = b'\342A\001\003'
+  _globals['_DELETION'].fields_by_name['erased']._loaded_options = None
+  _globals['_DELETION'].fields_by_name['erased']._serialized_options = b'\342A\001\003'
   _globals['_DELETION']._loaded_options = None
   _globals['_DELETION']._serialized_options = b'\352A>\n\023argosy.dev/Deletion\022\'projects/{project}/deletions/{deletion}'
   _globals['_DELETION']._serialized_start=133
-  _globals['_DELETION']._serialized_end=493
-  _globals['_DELETION_STATE']._serialized_start=361
-  _globals['_DELETION_STATE']._serialized_end=426
+  _globals['_DELETION']._serialized_end=542
+  _globals['_DELETION_STATE']._serialized_start=410
+  _globals['_DELETION_STATE']._serialized_end=475
 # @@protoc_insertion_point(module_scope)

@@ -3,9 +3,11 @@
 isort:skip_file
 The state of an erasure. Deleting returns at once; the bytes go afterwards, and this says when they are gone."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -53,6 +55,8 @@ class Deletion(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    ERASED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`projects/{project}/deletions/{deletion}`."""
     uid: _builtins.str
@@ -61,6 +65,10 @@ class Deletion(_message.Message):
     """How far it is."""
     target: _builtins.str
     """Resource name of what is erased."""
+    certificate: _builtins.str
+    """Signed proof that nothing is left: a DSSE envelope as JSON, whose payload names what was erased and the digests that were looked for.
+    Empty: still RUNNING.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was asked for."""
@@ -68,6 +76,10 @@ class Deletion(_message.Message):
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """When nothing was left. Unset: still RUNNING."""
+
+    @_builtins.property
+    def erased(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Everything that went with it, by resource name, `target` included; at most 1,000."""
 
     def __init__(
         self,
@@ -78,10 +90,12 @@ class Deletion(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         target: _builtins.str = ...,
+        certificate: _builtins.str = ...,
+        erased: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "name", b"name", "state", b"state", "target", b"target", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "create_time", b"create_time", "end_time", b"end_time", "erased", b"erased", "name", b"name", "state", b"state", "target", b"target", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

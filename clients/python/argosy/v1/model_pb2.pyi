@@ -4,8 +4,11 @@ isort:skip_file
 Models that can be asked: shared bases and a project's own."""
 
 from argosy.v1 import config_pb2 as _config_pb2
+from argosy.v1 import error_pb2 as _error_pb2
+from argosy.v1 import finetune_pb2 as _finetune_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -93,6 +96,58 @@ MODEL_CAPABILITY_SEED: ModelCapability.ValueType  # 14
 """Same seed, same tokens, alone or in a batch."""
 Global___ModelCapability: _TypeAlias = ModelCapability  # noqa: Y015
 
+class _ImportPart:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ImportPartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImportPart.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    IMPORT_PART_UNSPECIFIED: _ImportPart.ValueType  # 0
+    """Refused: a chunk needs its file."""
+    IMPORT_PART_CONFIG: _ImportPart.ValueType  # 1
+    """`adapter_config.json` as PEFT writes it; ≤65,536 bytes."""
+    IMPORT_PART_WEIGHTS: _ImportPart.ValueType  # 2
+    """`adapter_model.safetensors` as PEFT writes it."""
+    IMPORT_PART_HEAD: _ImportPart.ValueType  # 3
+    """Our head: safetensors with `weight` [labels, width] and `bias` [labels], float32."""
+
+class ImportPart(_ImportPart, metaclass=_ImportPartEnumTypeWrapper):
+    """Which file of an adapter."""
+
+IMPORT_PART_UNSPECIFIED: ImportPart.ValueType  # 0
+"""Refused: a chunk needs its file."""
+IMPORT_PART_CONFIG: ImportPart.ValueType  # 1
+"""`adapter_config.json` as PEFT writes it; ≤65,536 bytes."""
+IMPORT_PART_WEIGHTS: ImportPart.ValueType  # 2
+"""`adapter_model.safetensors` as PEFT writes it."""
+IMPORT_PART_HEAD: ImportPart.ValueType  # 3
+"""Our head: safetensors with `weight` [labels, width] and `bias` [labels], float32."""
+Global___ImportPart: _TypeAlias = ImportPart  # noqa: Y015
+
+class _ExportContent:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExportContentEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExportContent.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXPORT_CONTENT_UNSPECIFIED: _ExportContent.ValueType  # 0
+    """ADAPTER."""
+    EXPORT_CONTENT_ADAPTER: _ExportContent.ValueType  # 1
+    """The adapter in PEFT's names and form, the head, the signed manifest and a model card."""
+    EXPORT_CONTENT_MERGED: _ExportContent.ValueType  # 2
+    """The base's weights with the adapter in them, with its config and tokenizer, the signed manifest and a model card."""
+
+class ExportContent(_ExportContent, metaclass=_ExportContentEnumTypeWrapper):
+    """What an archive holds."""
+
+EXPORT_CONTENT_UNSPECIFIED: ExportContent.ValueType  # 0
+"""ADAPTER."""
+EXPORT_CONTENT_ADAPTER: ExportContent.ValueType  # 1
+"""The adapter in PEFT's names and form, the head, the signed manifest and a model card."""
+EXPORT_CONTENT_MERGED: ExportContent.ValueType  # 2
+"""The base's weights with the adapter in them, with its config and tokenizer, the signed manifest and a model card."""
+Global___ExportContent: _TypeAlias = ExportContent  # noqa: Y015
+
 @_typing.final
 class Model(_message.Message):
     """A model. Numbers 1..12 are the standard fields of a resource; those it lacks stay free."""
@@ -136,16 +191,19 @@ class Model(_message.Message):
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
     TUNED_LABELS_FIELD_NUMBER: _builtins.int
     READY_REPLICAS_FIELD_NUMBER: _builtins.int
+    DEFAULT_VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`models/{model}` for a shared base, `projects/{project}/models/{model}` for an own one; segments match [a-z0-9-]{1,63}."""
+    """`models/{model}` for a shared base, `projects/{project}/models/{model}` for an own one; ≤512 bytes; segments match [a-z0-9-]{1,63}.
+    Ignored by CreateModel.
+    """
     uid: _builtins.str
     """UUID made by the server; never used again."""
     display_name: _builtins.str
     """For people; 0..128 bytes, without NUL. Empty: none."""
     etag: _builtins.str
-    """Changes with every change; sent back, it guards an update."""
+    """Changes with every change; ≤64 bytes. Sent back, it guards an update. Empty: no guard."""
     base_model: _builtins.str
-    """The base it builds on, `models/{model}`. Empty: it is one."""
+    """The base it builds on, `models/{model}`; ≤512 bytes; fixed once made. Required by CreateModel. Empty: it is one."""
     base_digest: _builtins.str
     """SHA-256 of the base's weights and config; 64 hex digits. Empty: no replica has reported yet."""
     context_tokens: _builtins.int
@@ -158,9 +216,11 @@ class Model(_message.Message):
     """Kind of network, such as "gemma3". Empty: no replica has reported yet."""
     ready_replicas: _builtins.int
     """Replicas ready to answer now. 0: a request gets MODEL_NOT_SERVED."""
+    default_version: _builtins.str
+    """Resource name of the version that its plain name means: that of alias `prod`, else the newest READY one. Empty: none, or a base."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """The owner's own notes; 0..32 pairs. Empty: none."""
+        """The owner's own notes; 0..32 pairs; keys match [a-z0-9._-]{1,63}, values ≤256 bytes, without NUL. Empty: none."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -202,14 +262,716 @@ class Model(_message.Message):
         architecture: _builtins.str = ...,
         tuned_labels: _abc.Iterable[_builtins.str] | None = ...,
         ready_replicas: _builtins.int = ...,
+        default_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "default_config", b"default_config", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "base_digest", b"base_digest", "base_model", b"base_model", "capabilities", b"capabilities", "context_tokens", b"context_tokens", "create_time", b"create_time", "default_config", b"default_config", "display_name", b"display_name", "embedding_dimensions", b"embedding_dimensions", "etag", b"etag", "labels", b"labels", "name", b"name", "ready_replicas", b"ready_replicas", "tuned_labels", b"tuned_labels", "uid", b"uid", "update_time", b"update_time", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "base_digest", b"base_digest", "base_model", b"base_model", "capabilities", b"capabilities", "context_tokens", b"context_tokens", "create_time", b"create_time", "default_config", b"default_config", "default_version", b"default_version", "display_name", b"display_name", "embedding_dimensions", b"embedding_dimensions", "etag", b"etag", "labels", b"labels", "name", b"name", "ready_replicas", b"ready_replicas", "tuned_labels", b"tuned_labels", "uid", b"uid", "update_time", b"update_time", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class PrivacyStatement(_message.Message):
+    """What training on private rows promises. Protects those rows, not what is asked later."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPSILON_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    ACCOUNTANT_FIELD_NUMBER: _builtins.int
+    epsilon: _builtins.float
+    """Most that one unit may tell."""
+    delta: _builtins.float
+    """Chance that the promise fails."""
+    unit: _finetune_pb2.PrivacyUnit.ValueType
+    """Whom it protects."""
+    accountant: _builtins.str
+    """How it was counted, such as `prv`."""
+    def __init__(
+        self,
+        *,
+        epsilon: _builtins.float = ...,
+        delta: _builtins.float = ...,
+        unit: _finetune_pb2.PrivacyUnit.ValueType = ...,
+        accountant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accountant", b"accountant", "delta", b"delta", "epsilon", b"epsilon", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrivacyStatement: _TypeAlias = PrivacyStatement  # noqa: Y015
+
+@_typing.final
+class CalibrationReport(_message.Message):
+    """How well probabilities say how often they are right, on the validation rows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    ERROR_BEFORE_FIELD_NUMBER: _builtins.int
+    ERROR_AFTER_FIELD_NUMBER: _builtins.int
+    temperature: _builtins.float
+    """What the scores are divided by."""
+    error_before: _builtins.float
+    """Expected calibration error before; 0..1."""
+    error_after: _builtins.float
+    """Expected calibration error after; 0..1."""
+    def __init__(
+        self,
+        *,
+        temperature: _builtins.float = ...,
+        error_before: _builtins.float = ...,
+        error_after: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error_after", b"error_after", "error_before", b"error_before", "temperature", b"temperature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CalibrationReport: _TypeAlias = CalibrationReport  # noqa: Y015
+
+@_typing.final
+class Lineage(_message.Message):
+    """Where a version comes from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class HyperparametersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    FINE_TUNE_JOB_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    TRAIN_VERSIONS_FIELD_NUMBER: _builtins.int
+    VALIDATION_VERSIONS_FIELD_NUMBER: _builtins.int
+    IMPORTED_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    HYPERPARAMETERS_FIELD_NUMBER: _builtins.int
+    fine_tune_job: _builtins.str
+    """The job. Empty: imported."""
+    checkpoint: _builtins.str
+    """The checkpoint. Empty: the job's end, or imported."""
+    imported: _builtins.bool
+    """True: trained elsewhere."""
+    seed: _builtins.int
+    """Start of all random numbers."""
+    step: _builtins.int
+    """Optimizer steps."""
+    @_builtins.property
+    def train_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Dataset versions it was trained on."""
+
+    @_builtins.property
+    def validation_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Dataset versions it was measured on."""
+
+    @_builtins.property
+    def hyperparameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Every chosen value by name, as text."""
+
+    def __init__(
+        self,
+        *,
+        fine_tune_job: _builtins.str = ...,
+        checkpoint: _builtins.str = ...,
+        train_versions: _abc.Iterable[_builtins.str] | None = ...,
+        validation_versions: _abc.Iterable[_builtins.str] | None = ...,
+        imported: _builtins.bool = ...,
+        seed: _builtins.int = ...,
+        step: _builtins.int = ...,
+        hyperparameters: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "fine_tune_job", b"fine_tune_job", "hyperparameters", b"hyperparameters", "imported", b"imported", "seed", b"seed", "step", b"step", "train_versions", b"train_versions", "validation_versions", b"validation_versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lineage: _TypeAlias = Lineage  # noqa: Y015
+
+@_typing.final
+class ModelVersion(_message.Message):
+    """Immutable weights of an own model. Numbers 1..12 are the standard fields of a resource; those it lacks stay free."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ModelVersion._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: ModelVersion._State.ValueType  # 0
+        """A state newer than the reader."""
+        STATE_CHECKING: ModelVersion._State.ValueType  # 1
+        """Its files are being checked."""
+        STATE_READY: ModelVersion._State.ValueType  # 2
+        """It can."""
+        STATE_REJECTED: ModelVersion._State.ValueType  # 3
+        """It cannot; `error` says why."""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """Whether it can be asked."""
+
+    STATE_UNSPECIFIED: ModelVersion.State.ValueType  # 0
+    """A state newer than the reader."""
+    STATE_CHECKING: ModelVersion.State.ValueType  # 1
+    """Its files are being checked."""
+    STATE_READY: ModelVersion.State.ValueType  # 2
+    """It can."""
+    STATE_REJECTED: ModelVersion.State.ValueType  # 3
+    """It cannot; `error` says why."""
+
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
+    ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
+    RENDERING_DIGEST_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
+    TUNED_LABELS_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
+    PRIVACY_FIELD_NUMBER: _builtins.int
+    LINEAGE_FIELD_NUMBER: _builtins.int
+    SERVABLE_TIME_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    SIGNED_MANIFEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`projects/{project}/models/{model}/versions/{version}`; versions count from 1, and none is used again."""
+    uid: _builtins.str
+    """UUID made by the server; never used again."""
+    etag: _builtins.str
+    """Changes with every change."""
+    state: Global___ModelVersion.State.ValueType
+    """Whether it can be asked."""
+    base_model: _builtins.str
+    """The base, `models/{model}`."""
+    base_digest: _builtins.str
+    """SHA-256 of the base's weights and config; 64 hex digits."""
+    adapter_digest: _builtins.str
+    """SHA-256 of its signed manifest; 64 hex digits: what an answer names."""
+    rendering_digest: _builtins.str
+    """SHA-256 over the base's template and tokenizer; 64 hex digits. Empty: it uses no template."""
+    method: _finetune_pb2.TuneMethod.ValueType
+    """What it was taught."""
+    total_bytes: _builtins.int
+    """Size of its files."""
+    signed_manifest: _builtins.str
+    """The signed manifest: a DSSE envelope as JSON. Only in GetModelVersion."""
+    @_builtins.property
+    def error(self) -> _error_pb2.Failure:
+        """Why it is REJECTED. Unset otherwise."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was made."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When it last changed."""
+
+    @_builtins.property
+    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[Global___ModelCapability.ValueType]:
+        """What it can do; each once."""
+
+    @_builtins.property
+    def tuned_labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Labels it was tuned on, in order. Empty: none."""
+
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What was measured at its end, by name."""
+
+    @_builtins.property
+    def calibration(self) -> Global___CalibrationReport:
+        """How well its probabilities hold. Unset: no head, or no validation rows."""
+
+    @_builtins.property
+    def privacy(self) -> Global___PrivacyStatement:
+        """What its training promises. Unset: it was not private."""
+
+    @_builtins.property
+    def lineage(self) -> Global___Lineage:
+        """Where it comes from."""
+
+    @_builtins.property
+    def servable_time(self) -> _timestamp_pb2.Timestamp:
+        """When a replica could first answer with it. Unset: not yet."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        uid: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        state: Global___ModelVersion.State.ValueType = ...,
+        error: _error_pb2.Failure | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        base_model: _builtins.str = ...,
+        base_digest: _builtins.str = ...,
+        adapter_digest: _builtins.str = ...,
+        rendering_digest: _builtins.str = ...,
+        method: _finetune_pb2.TuneMethod.ValueType = ...,
+        capabilities: _abc.Iterable[Global___ModelCapability.ValueType] | None = ...,
+        tuned_labels: _abc.Iterable[_builtins.str] | None = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        calibration: Global___CalibrationReport | None = ...,
+        privacy: Global___PrivacyStatement | None = ...,
+        lineage: Global___Lineage | None = ...,
+        servable_time: _timestamp_pb2.Timestamp | None = ...,
+        total_bytes: _builtins.int = ...,
+        signed_manifest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "create_time", b"create_time", "error", b"error", "lineage", b"lineage", "privacy", b"privacy", "servable_time", b"servable_time", "update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "base_digest", b"base_digest", "base_model", b"base_model", "calibration", b"calibration", "capabilities", b"capabilities", "create_time", b"create_time", "error", b"error", "etag", b"etag", "lineage", b"lineage", "method", b"method", "metrics", b"metrics", "name", b"name", "privacy", b"privacy", "rendering_digest", b"rendering_digest", "servable_time", b"servable_time", "signed_manifest", b"signed_manifest", "state", b"state", "total_bytes", b"total_bytes", "tuned_labels", b"tuned_labels", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelVersion: _TypeAlias = ModelVersion  # noqa: Y015
+
+@_typing.final
+class EvaluationScore(_message.Message):
+    """How well one model does on the rows of an evaluation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Resource name of the version, or of the base."""
+    metric: _builtins.str
+    """Such as `accuracy`, `loss`."""
+    value: _builtins.float
+    """The number."""
+    rows: _builtins.int
+    """Rows it was measured on."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        metric: _builtins.str = ...,
+        value: _builtins.float = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metric", b"metric", "model", b"model", "rows", b"rows", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluationScore: _TypeAlias = EvaluationScore  # noqa: Y015
+
+@_typing.final
+class EvaluationComparison(_message.Message):
+    """The candidate against another model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGAINST_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
+    GAIN_FIELD_NUMBER: _builtins.int
+    GAIN_LOW_FIELD_NUMBER: _builtins.int
+    P_VALUE_FIELD_NUMBER: _builtins.int
+    TEST_FIELD_NUMBER: _builtins.int
+    PASSED_FIELD_NUMBER: _builtins.int
+    against: _builtins.str
+    """The other: a version, or the base."""
+    metric: _builtins.str
+    """Such as `accuracy`, `loss`."""
+    gain: _builtins.float
+    """By how much the candidate is better; above 0: it is."""
+    gain_low: _builtins.float
+    """It is hardly better by less; 95 %."""
+    p_value: _builtins.float
+    """Chance of such a gain by luck; 0..1."""
+    test: _builtins.str
+    """Such as `mcnemar_exact`, `paired_bootstrap`."""
+    passed: _builtins.bool
+    """True: better by the margin."""
+    def __init__(
+        self,
+        *,
+        against: _builtins.str = ...,
+        metric: _builtins.str = ...,
+        gain: _builtins.float = ...,
+        gain_low: _builtins.float = ...,
+        p_value: _builtins.float = ...,
+        test: _builtins.str = ...,
+        passed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["against", b"against", "gain", b"gain", "gain_low", b"gain_low", "metric", b"metric", "p_value", b"p_value", "passed", b"passed", "test", b"test"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluationComparison: _TypeAlias = EvaluationComparison  # noqa: Y015
+
+@_typing.final
+class Evaluation(_message.Message):
+    """The gate: is a version better than what is served? Numbers 1..12 are the standard fields of a resource; those it lacks stay free."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Evaluation._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: Evaluation._State.ValueType  # 0
+        """A state newer than the reader."""
+        STATE_QUEUED: Evaluation._State.ValueType  # 1
+        """Waits."""
+        STATE_RUNNING: Evaluation._State.ValueType  # 2
+        """Measures."""
+        STATE_PASSED: Evaluation._State.ValueType  # 3
+        """Better than both by the margin."""
+        STATE_NOT_PASSED: Evaluation._State.ValueType  # 4
+        """Not better than both by the margin."""
+        STATE_FAILED: Evaluation._State.ValueType  # 5
+        """`error` says why."""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """How far it is."""
+
+    STATE_UNSPECIFIED: Evaluation.State.ValueType  # 0
+    """A state newer than the reader."""
+    STATE_QUEUED: Evaluation.State.ValueType  # 1
+    """Waits."""
+    STATE_RUNNING: Evaluation.State.ValueType  # 2
+    """Measures."""
+    STATE_PASSED: Evaluation.State.ValueType  # 3
+    """Better than both by the margin."""
+    STATE_NOT_PASSED: Evaluation.State.ValueType  # 4
+    """Not better than both by the margin."""
+    STATE_FAILED: Evaluation.State.ValueType  # 5
+    """`error` says why."""
+
+    NAME_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    CANDIDATE_FIELD_NUMBER: _builtins.int
+    DATASET_VERSION_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    MARGIN_FIELD_NUMBER: _builtins.int
+    MAX_ROWS_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    MEASURED_ROWS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    COMPARISONS_FIELD_NUMBER: _builtins.int
+    SIGNED_VERDICT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`projects/{project}/models/{model}/evaluations/{evaluation}`; ≤512 bytes; the last segment is a UUID. Ignored by CreateEvaluation."""
+    uid: _builtins.str
+    """UUID made by the server; never used again."""
+    etag: _builtins.str
+    """Changes with every change."""
+    state: Global___Evaluation.State.ValueType
+    """How far it is."""
+    candidate: _builtins.str
+    """The candidate, `projects/{project}/models/{model}/versions/{version}`; 1..512 bytes. Required."""
+    dataset_version: _builtins.str
+    """Rows to measure on, `projects/{project}/datasets/{dataset}/versions/{version}`; 1..512 bytes; none of them in any training. Required."""
+    alias: _builtins.str
+    """Alias whose target it is compared with, its last segment; ≤63 bytes. Empty: `prod`."""
+    margin: _builtins.float
+    """How much better it must be, in the metric's unit; 0..1. Unset: 0."""
+    max_rows: _builtins.int
+    """Rows at most, drawn by a fixed seed; 1..1,000,000. Unset: all."""
+    target: _builtins.str
+    """The alias's target when it began. Empty: there was none, and the base alone is compared."""
+    measured_rows: _builtins.int
+    """Rows measured so far."""
+    signed_verdict: _builtins.str
+    """The signed verdict: a DSSE envelope as JSON. Empty: not ended."""
+    @_builtins.property
+    def error(self) -> _error_pb2.Failure:
+        """Why it FAILED. Unset otherwise."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was asked for."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When it last changed."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When it began. Unset: not yet."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ended. Unset: not yet."""
+
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvaluationScore]:
+        """How well each did."""
+
+    @_builtins.property
+    def comparisons(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvaluationComparison]:
+        """The candidate against each."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        uid: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        state: Global___Evaluation.State.ValueType = ...,
+        error: _error_pb2.Failure | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        candidate: _builtins.str = ...,
+        dataset_version: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        margin: _builtins.float | None = ...,
+        max_rows: _builtins.int | None = ...,
+        target: _builtins.str = ...,
+        measured_rows: _builtins.int = ...,
+        scores: _abc.Iterable[Global___EvaluationScore] | None = ...,
+        comparisons: _abc.Iterable[Global___EvaluationComparison] | None = ...,
+        signed_verdict: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_margin", b"_margin", "_max_rows", b"_max_rows", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "margin", b"margin", "max_rows", b"max_rows", "start_time", b"start_time", "update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_margin", b"_margin", "_max_rows", b"_max_rows", "alias", b"alias", "candidate", b"candidate", "comparisons", b"comparisons", "create_time", b"create_time", "dataset_version", b"dataset_version", "end_time", b"end_time", "error", b"error", "etag", b"etag", "margin", b"margin", "max_rows", b"max_rows", "measured_rows", b"measured_rows", "name", b"name", "scores", b"scores", "signed_verdict", b"signed_verdict", "start_time", b"start_time", "state", b"state", "target", b"target", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__margin: _TypeAlias = _typing.Literal["margin"]  # noqa: Y015
+    _WhichOneofArgType__margin: _TypeAlias = _typing.Literal["_margin", b"_margin"]  # noqa: Y015
+    _WhichOneofReturnType__max_rows: _TypeAlias = _typing.Literal["max_rows"]  # noqa: Y015
+    _WhichOneofArgType__max_rows: _TypeAlias = _typing.Literal["_max_rows", b"_max_rows"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__margin) -> _WhichOneofReturnType__margin | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_rows) -> _WhichOneofReturnType__max_rows | None: ...
+
+Global___Evaluation: _TypeAlias = Evaluation  # noqa: Y015
+
+@_typing.final
+class AliasTarget(_message.Message):
+    """A version and its share of the callers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    PERCENT_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """Resource name of the version."""
+    percent: _builtins.int
+    """Its share; 1..100."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        percent: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["percent", b"percent", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AliasTarget: _TypeAlias = AliasTarget  # noqa: Y015
+
+@_typing.final
+class AliasMove(_message.Message):
+    """What an alias pointed to at a time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    FORCED_FIELD_NUMBER: _builtins.int
+    ROLLED_BACK_FIELD_NUMBER: _builtins.int
+    API_KEY_FIELD_NUMBER: _builtins.int
+    evaluation: _builtins.str
+    """The evaluation it rested on. Empty: forced or rolled back."""
+    forced: _builtins.bool
+    """True: without a PASSED evaluation."""
+    rolled_back: _builtins.bool
+    """True: by RollbackModelAlias."""
+    api_key: _builtins.str
+    """Resource name of the API key that moved it."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was moved there."""
+
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]:
+        """What it pointed to from then on."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        targets: _abc.Iterable[Global___AliasTarget] | None = ...,
+        evaluation: _builtins.str = ...,
+        forced: _builtins.bool = ...,
+        rolled_back: _builtins.bool = ...,
+        api_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "evaluation", b"evaluation", "forced", b"forced", "rolled_back", b"rolled_back", "targets", b"targets", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AliasMove: _TypeAlias = AliasMove  # noqa: Y015
+
+@_typing.final
+class ModelAlias(_message.Message):
+    """The only name that moves. Numbers 1..12 are the standard fields of a resource; those it lacks stay free."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`projects/{project}/models/{model}/aliases/{alias}`."""
+    uid: _builtins.str
+    """UUID made by the server; never used again."""
+    etag: _builtins.str
+    """Changes with every move."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was made."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When it last moved."""
+
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasTarget]:
+        """What it points to: one, or two while it is split; the stable one first."""
+
+    @_builtins.property
+    def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___AliasMove]:
+        """Its moves, newest first; at most 100."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        uid: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        targets: _abc.Iterable[Global___AliasTarget] | None = ...,
+        history: _abc.Iterable[Global___AliasMove] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "etag", b"etag", "history", b"history", "name", b"name", "targets", b"targets", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelAlias: _TypeAlias = ModelAlias  # noqa: Y015
+
+@_typing.final
+class CreateModelRequest(_message.Message):
+    """A new own model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`projects/{project}`; 1..512 bytes. Required."""
+    model_id: _builtins.str
+    """Last segment of its name; matches [a-z0-9-]{1,63}. Required."""
+    request_id: _builtins.str
+    """UUID4; replayed for 24 h. Unset: no protection against a double run."""
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """Base, and perhaps display name and labels. Required."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        model_id: _builtins.str = ...,
+        model: Global___Model | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "model_id", b"model_id", "parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateModelRequest: _TypeAlias = CreateModelRequest  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
@@ -298,3 +1060,711 @@ class ListModelsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
+
+@_typing.final
+class UpdateModelRequest(_message.Message):
+    """A change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """UUID4; replayed for 24 h. Unset: no protection against a double run."""
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """Name, new values, and perhaps etag. Required."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """`display_name`, `labels` or `*`; ≤32 paths. Unset: the populated fields."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___Model | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "request_id", b"request_id", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateModelRequest: _TypeAlias = UpdateModelRequest  # noqa: Y015
+
+@_typing.final
+class DeleteModelRequest(_message.Message):
+    """Which model, and how far."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    CASCADE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`projects/{project}/models/{model}`; 1..512 bytes. Required."""
+    etag: _builtins.str
+    """The etag last read; ≤64 bytes. Empty: no guard."""
+    cascade: _builtins.bool
+    """True: its versions, aliases and evaluations go, too, and its jobs are cancelled. Unset: refused with HAS_DEPENDANTS if there are any."""
+    request_id: _builtins.str
+    """UUID4; replayed for 24 h. Unset: no protection against a double run."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        cascade: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cascade", b"cascade", "etag", b"etag", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteModelRequest: _TypeAlias = DeleteModelRequest  # noqa: Y015
+
+@_typing.final
+class CreateModelVersionRequest(_message.Message):
+    """A new version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`projects/{project}/models/{model}`; 1..512 bytes. Required."""
+    checkpoint: _builtins.str
+    """`projects/{project}/fineTuneJobs/{fine_tune_job}/checkpoints/{checkpoint}`; 1..512 bytes; of the model's base. Required."""
+    request_id: _builtins.str
+    """UUID4; replayed for 24 h. Unset: no protection against a double run."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        checkpoint: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateModelVersionRequest: _TypeAlias = CreateModelVersionRequest  # noqa: Y015
+
+@_typing.final
+class GetModelVersionRequest(_message.Message):
+    """Which version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`projects/{project}/models/{model}/versions/{version}`; 1..512 bytes. Required."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelVersionRequest: _TypeAlias = GetModelVersionRequest  # noqa: Y015
+
+@_typing.final
+class ListModelVersionsRequest(_message.Message):
+    """Which versions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`projects/{project}/models/{model}`; 1..512 bytes. Required."""
+    page_size: _builtins.int
+    """Versions on one page; 0..1,000. Unset or 0: 50."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; ≤4,096 bytes. Empty: the first page."""
+    filter: _builtins.str
+    """AND of `field op value` on state and times; ≤1,024 bytes, without NUL. Empty: all."""
+    order_by: _builtins.str
+    """One field, perhaps with ` desc`; ≤128 bytes, without NUL. Empty: by create_time."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        order_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListModelVersionsRequest: _TypeAlias = ListModelVersionsRequest  # noqa: Y015
+
+@_typing.final
+class ListModelVersionsResponse(_message.Message):
+    """One page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_VERSIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Asks for the next page. Empty: this was the last."""
+    @_builtins.property
+    def model_versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelVersion]:
+        """In order."""
+
+    def __init__(
+        self,
+        *,
+        model_versions: _abc.Iterable[Global___ModelVersion] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_versions", b"model_versions", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListModelVersionsResponse: _TypeAlias = ListModelVersionsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteModelVersionRequest(_message.Message):
+    """Which version, and how far."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    CASCADE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`projects/{project}/models/{model}/versions/{version}`; 1..512 bytes. Required."""
+    etag: _builtins.str
+    """The etag last read; ≤64 bytes. Empty: no guard."""
+    cascade: _builtins.bool
+    """True: aliases that point to it go, too. Unset: refused with HAS_DEPENDANTS if there are any."""
+    request_id: _builtins.str
+    """UUID4; replayed for 24 h. Unset: no protection against a double run."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        cascade: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cascade", b"cascade", "etag", b"etag", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteModelVersionRequest: _TypeAlias = DeleteModelVersionRequest  # noqa: Y015
+
+@_typing.final
+class ImportHeader(_message.Message):
+    """What is imported."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    TUNED_LABELS_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`projects/{project}/models/{model}`; 1..512 bytes. Required."""
+    method: _finetune_pb2.TuneMethod.ValueType
+    """What it was taught. Required."""
+    request_id: _builtins.str
+    """UUID4; replayed for 24 h. Unset: no protection against a double run."""
+    @_builtins.property
+    def tuned_labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Labels in the order of the head's rows; 0..1,000 of 1..256 bytes, no two alike. Empty: it has no head."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        tuned_labels: _abc.Iterable[_builtins.str] | None = ...,
+        method: _finetune_pb2.TuneMethod.ValueType = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "parent", b"parent", "request_id", b"request_id", "tuned_labels", b"tuned_labels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportHeader: _TypeAlias = ImportHeader  # noqa: Y015
+
+@_typing.final
+class ImportChunk(_message.Message):
+    """Bytes of one file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PART_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    CRC32C_FIELD_NUMBER: _builtins.int
+    part: Global___ImportPart.ValueType
+    """Which file; files come one after the other. Required."""
+    offset: _builtins.int
+    """Place of the first byte in its file; 0..1,000,000,000,000. Unset: 0."""
+    data: _builtins.bytes
+    """1..524,288 bytes. Required."""
+    crc32c: _builtins.int
+    """CRC-32C of `data`; 0..4,294,967,295. Unset: not checked."""
+    def __init__(
+        self,
+        *,
+        part: Global___ImportPart.ValueType = ...,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        crc32c: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c", "crc32c", b"crc32c", "data", b"data", "offset", b"offset", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__crc32c: _TypeAlias = _typing.Literal["crc32c"]  # noqa: Y015
+    _WhichOneofArgType__crc32c: _TypeAlias = _typing.Literal["_crc32c", b"_crc32c"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__crc32c) -> _WhichOneofReturnType__crc32c | None: ...
+
+Global___ImportChunk: _TypeAlias = ImportChunk  # noqa: Y015
+
+@_typing.final
+class ImportModelVersionRequest(_message.Message):
+    """A header first, then chunks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___ImportHeader:
+        """First, and only first."""
+
+    @_builtins.property
+    def chunk(self) -> Global___ImportChunk:
+        """All others."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___ImportHeader | None = ...,
+        chunk: Global___ImportChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___ImportModelVersionRequest: _TypeAlias = ImportModelVersionRequest  # noqa: Y015
+
+@_typing.final
+class ExportModelVersionRequest(_message.Message):
+    """Which version, and from where."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`projects/{project}/models/{model}/versions/{version}`; 1..512 bytes. Required."""
+    content: Global___ExportContent.ValueType
+    """What the archive holds. Unset: ADAPTER."""
+    offset: _builtins.int
+    """First byte; 0..1,000,000,000,000. Unset: 0."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        content: Global___ExportContent.ValueType = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportModelVersionRequest: _TypeAlias = ExportModelVersionRequest  # noqa: Y015
+
+@_typing.final
+class ExportModelVersionResponse(_message.Message):
+    """Bytes at a place of the archive."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    CRC32C_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Place of the first byte."""
+    data: _builtins.bytes
+    """At most 524,288 bytes."""
+    crc32c: _builtins.int
+    """CRC-32C of `data`."""
+    total_bytes: _builtins.int
+    """Size of the whole archive; in every message."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        crc32c: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32c", b"crc32c", "data", b"data", "offset", b"offset", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportModelVersionResponse: _TypeAlias = ExportModelVersionResponse  # noqa: Y015
+
+@_typing.final
+class CreateEvaluationRequest(_message.Message):
+    """A new evaluation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`projects/{project}/models/{model}`; 1..512 bytes. Required."""
+    request_id: _builtins.str
+    """UUID4; replayed for 24 h. Unset: no protection against a double run."""
+    @_builtins.property
+    def evaluation(self) -> Global___Evaluation:
+        """Candidate and rows, and perhaps alias, margin and `max_rows`. Required."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        evaluation: Global___Evaluation | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateEvaluationRequest: _TypeAlias = CreateEvaluationRequest  # noqa: Y015
+
+@_typing.final
+class GetEvaluationRequest(_message.Message):
+    """Which evaluation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`projects/{project}/models/{model}/evaluations/{evaluation}`; 1..512 bytes. Required."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetEvaluationRequest: _TypeAlias = GetEvaluationRequest  # noqa: Y015
+
+@_typing.final
+class ListEvaluationsRequest(_message.Message):
+    """Which evaluations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`projects/{project}/models/{model}`; 1..512 bytes. Required."""
+    page_size: _builtins.int
+    """Evaluations on one page; 0..1,000. Unset or 0: 50."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; ≤4,096 bytes. Empty: the first page."""
+    filter: _builtins.str
+    """AND of `field op value` on state and times; ≤1,024 bytes, without NUL. Empty: all."""
+    order_by: _builtins.str
+    """One field, perhaps with ` desc`; ≤128 bytes, without NUL. Empty: by create_time."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        order_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEvaluationsRequest: _TypeAlias = ListEvaluationsRequest  # noqa: Y015
+
+@_typing.final
+class ListEvaluationsResponse(_message.Message):
+    """One page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVALUATIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Asks for the next page. Empty: this was the last."""
+    @_builtins.property
+    def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Evaluation]:
+        """In order."""
+
+    def __init__(
+        self,
+        *,
+        evaluations: _abc.Iterable[Global___Evaluation] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluations", b"evaluations", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEvaluationsResponse: _TypeAlias = ListEvaluationsResponse  # noqa: Y015
+
+@_typing.final
+class GetModelAliasRequest(_message.Message):
+    """Which alias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`projects/{project}/models/{model}/aliases/{alias}`; 1..512 bytes. Required."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelAliasRequest: _TypeAlias = GetModelAliasRequest  # noqa: Y015
+
+@_typing.final
+class ListModelAliasesRequest(_message.Message):
+    """Which aliases."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`projects/{project}/models/{model}`; 1..512 bytes. Required."""
+    page_size: _builtins.int
+    """Aliases on one page; 0..1,000. Unset or 0: 50."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; ≤4,096 bytes. Empty: the first page."""
+    filter: _builtins.str
+    """AND of `field op value` on times; ≤1,024 bytes, without NUL. Empty: all."""
+    order_by: _builtins.str
+    """One field, perhaps with ` desc`; ≤128 bytes, without NUL. Empty: by name."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        order_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListModelAliasesRequest: _TypeAlias = ListModelAliasesRequest  # noqa: Y015
+
+@_typing.final
+class ListModelAliasesResponse(_message.Message):
+    """One page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ALIASES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Asks for the next page. Empty: this was the last."""
+    @_builtins.property
+    def model_aliases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelAlias]:
+        """In order."""
+
+    def __init__(
+        self,
+        *,
+        model_aliases: _abc.Iterable[Global___ModelAlias] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_aliases", b"model_aliases", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListModelAliasesResponse: _TypeAlias = ListModelAliasesResponse  # noqa: Y015
+
+@_typing.final
+class MoveModelAliasRequest(_message.Message):
+    """Where an alias goes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PERCENT_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`projects/{project}/models/{model}/aliases/{alias}`; 1..512 bytes. Required."""
+    version: _builtins.str
+    """`projects/{project}/models/{model}/versions/{version}`; 1..512 bytes; READY, of the same model. Required."""
+    percent: _builtins.int
+    """Share of the callers that go there; 1..100; the others stay where they are. Unset: 100."""
+    evaluation: _builtins.str
+    """`projects/{project}/models/{model}/evaluations/{evaluation}`; ≤512 bytes; PASSED, of this version against what the alias points to now. Empty: only with `force`."""
+    force: _builtins.bool
+    """True: without a PASSED evaluation; needs scope `models.force` and is audited. Unset: the gate holds."""
+    etag: _builtins.str
+    """The etag last read; ≤64 bytes. Empty: no guard."""
+    validate_only: _builtins.bool
+    """True: all checks, and nothing is written. Unset: it is written."""
+    request_id: _builtins.str
+    """UUID4; replayed for 24 h. Unset: no protection against a double run."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.str = ...,
+        percent: _builtins.int | None = ...,
+        evaluation: _builtins.str = ...,
+        force: _builtins.bool = ...,
+        etag: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_percent", b"_percent", "percent", b"percent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_percent", b"_percent", "etag", b"etag", "evaluation", b"evaluation", "force", b"force", "name", b"name", "percent", b"percent", "request_id", b"request_id", "validate_only", b"validate_only", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__percent: _TypeAlias = _typing.Literal["percent"]  # noqa: Y015
+    _WhichOneofArgType__percent: _TypeAlias = _typing.Literal["_percent", b"_percent"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__percent) -> _WhichOneofReturnType__percent | None: ...
+
+Global___MoveModelAliasRequest: _TypeAlias = MoveModelAliasRequest  # noqa: Y015
+
+@_typing.final
+class RollbackModelAliasRequest(_message.Message):
+    """Which alias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`projects/{project}/models/{model}/aliases/{alias}`; 1..512 bytes. Required."""
+    etag: _builtins.str
+    """The etag last read; ≤64 bytes. Empty: no guard."""
+    request_id: _builtins.str
+    """UUID4; replayed for 24 h. Unset: no protection against a double run."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackModelAliasRequest: _TypeAlias = RollbackModelAliasRequest  # noqa: Y015
+
+@_typing.final
+class DeleteModelAliasRequest(_message.Message):
+    """Which alias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`projects/{project}/models/{model}/aliases/{alias}`; 1..512 bytes. Required."""
+    etag: _builtins.str
+    """The etag last read; ≤64 bytes. Empty: no guard."""
+    request_id: _builtins.str
+    """UUID4; replayed for 24 h. Unset: no protection against a double run."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteModelAliasRequest: _TypeAlias = DeleteModelAliasRequest  # noqa: Y015

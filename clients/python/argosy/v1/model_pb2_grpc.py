@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from argosy.v1 import deletion_pb2 as argosy_dot_v1_dot_deletion__pb2
 from argosy.v1 import model_pb2 as argosy_dot_v1_dot_model__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
@@ -26,7 +27,8 @@ if _version_not_supported:
 
 
 class ModelServiceStub:
-    """Scope `models.read`; costs one request. Deadline cap: 30 s.
+    """Scopes `models.read` and `models.write`, `models.promote` to move aliases; costs one request, bytes where they pass, and
+    CreateEvaluation a job's price; `request_id` is replayed. Deadline cap: 30 s, 300 s for what streams.
     """
 
     def __init__(self, channel):
@@ -35,6 +37,11 @@ class ModelServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.CreateModel = channel.unary_unary(
+                '/argosy.v1.ModelService/CreateModel',
+                request_serializer=argosy_dot_v1_dot_model__pb2.CreateModelRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.Model.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/argosy.v1.ModelService/GetModel',
                 request_serializer=argosy_dot_v1_dot_model__pb2.GetModelRequest.SerializeToString,
@@ -45,11 +52,99 @@ class ModelServiceStub:
                 request_serializer=argosy_dot_v1_dot_model__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=argosy_dot_v1_dot_model__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.UpdateModel = channel.unary_unary(
+                '/argosy.v1.ModelService/UpdateModel',
+                request_serializer=argosy_dot_v1_dot_model__pb2.UpdateModelRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.Model.FromString,
+                _registered_method=True)
+        self.DeleteModel = channel.unary_unary(
+                '/argosy.v1.ModelService/DeleteModel',
+                request_serializer=argosy_dot_v1_dot_model__pb2.DeleteModelRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_deletion__pb2.Deletion.FromString,
+                _registered_method=True)
+        self.CreateModelVersion = channel.unary_unary(
+                '/argosy.v1.ModelService/CreateModelVersion',
+                request_serializer=argosy_dot_v1_dot_model__pb2.CreateModelVersionRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.ModelVersion.FromString,
+                _registered_method=True)
+        self.GetModelVersion = channel.unary_unary(
+                '/argosy.v1.ModelService/GetModelVersion',
+                request_serializer=argosy_dot_v1_dot_model__pb2.GetModelVersionRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.ModelVersion.FromString,
+                _registered_method=True)
+        self.ListModelVersions = channel.unary_unary(
+                '/argosy.v1.ModelService/ListModelVersions',
+                request_serializer=argosy_dot_v1_dot_model__pb2.ListModelVersionsRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.ListModelVersionsResponse.FromString,
+                _registered_method=True)
+        self.DeleteModelVersion = channel.unary_unary(
+                '/argosy.v1.ModelService/DeleteModelVersion',
+                request_serializer=argosy_dot_v1_dot_model__pb2.DeleteModelVersionRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_deletion__pb2.Deletion.FromString,
+                _registered_method=True)
+        self.ImportModelVersion = channel.stream_unary(
+                '/argosy.v1.ModelService/ImportModelVersion',
+                request_serializer=argosy_dot_v1_dot_model__pb2.ImportModelVersionRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.ModelVersion.FromString,
+                _registered_method=True)
+        self.ExportModelVersion = channel.unary_stream(
+                '/argosy.v1.ModelService/ExportModelVersion',
+                request_serializer=argosy_dot_v1_dot_model__pb2.ExportModelVersionRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.ExportModelVersionResponse.FromString,
+                _registered_method=True)
+        self.CreateEvaluation = channel.unary_unary(
+                '/argosy.v1.ModelService/CreateEvaluation',
+                request_serializer=argosy_dot_v1_dot_model__pb2.CreateEvaluationRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.Evaluation.FromString,
+                _registered_method=True)
+        self.GetEvaluation = channel.unary_unary(
+                '/argosy.v1.ModelService/GetEvaluation',
+                request_serializer=argosy_dot_v1_dot_model__pb2.GetEvaluationRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.Evaluation.FromString,
+                _registered_method=True)
+        self.ListEvaluations = channel.unary_unary(
+                '/argosy.v1.ModelService/ListEvaluations',
+                request_serializer=argosy_dot_v1_dot_model__pb2.ListEvaluationsRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.ListEvaluationsResponse.FromString,
+                _registered_method=True)
+        self.GetModelAlias = channel.unary_unary(
+                '/argosy.v1.ModelService/GetModelAlias',
+                request_serializer=argosy_dot_v1_dot_model__pb2.GetModelAliasRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.ModelAlias.FromString,
+                _registered_method=True)
+        self.ListModelAliases = channel.unary_unary(
+                '/argosy.v1.ModelService/ListModelAliases',
+                request_serializer=argosy_dot_v1_dot_model__pb2.ListModelAliasesRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.ListModelAliasesResponse.FromString,
+                _registered_method=True)
+        self.MoveModelAlias = channel.unary_unary(
+                '/argosy.v1.ModelService/MoveModelAlias',
+                request_serializer=argosy_dot_v1_dot_model__pb2.MoveModelAliasRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.ModelAlias.FromString,
+                _registered_method=True)
+        self.RollbackModelAlias = channel.unary_unary(
+                '/argosy.v1.ModelService/RollbackModelAlias',
+                request_serializer=argosy_dot_v1_dot_model__pb2.RollbackModelAliasRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.ModelAlias.FromString,
+                _registered_method=True)
+        self.DeleteModelAlias = channel.unary_unary(
+                '/argosy.v1.ModelService/DeleteModelAlias',
+                request_serializer=argosy_dot_v1_dot_model__pb2.DeleteModelAliasRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_model__pb2.ModelAlias.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
-    """Scope `models.read`; costs one request. Deadline cap: 30 s.
+    """Scopes `models.read` and `models.write`, `models.promote` to move aliases; costs one request, bytes where they pass, and
+    CreateEvaluation a job's price; `request_id` is replayed. Deadline cap: 30 s, 300 s for what streams.
     """
+
+    def CreateModel(self, request, context):
+        """Makes an own model without a version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
         """One model: what it can do, its context and its defaults.
@@ -65,9 +160,127 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateModel(self, request, context):
+        """Changes display name and labels of an own model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteModel(self, request, context):
+        """Erases an own model with its versions, aliases and evaluations.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateModelVersion(self, request, context):
+        """Makes a version of any committed checkpoint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelVersion(self, request, context):
+        """One version: digests, metrics, privacy and lineage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModelVersions(self, request, context):
+        """An own model's versions, by pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteModelVersion(self, request, context):
+        """Erases a version from the store and from every replica.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportModelVersion(self, request_iterator, context):
+        """Makes a version of an adapter trained elsewhere: a header, then its parts. Nothing in them is run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportModelVersion(self, request, context):
+        """The files of a version as one plain tar archive, from an offset.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateEvaluation(self, request, context):
+        """Measures a version against the alias's target and the base, on rows that none of them was trained on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetEvaluation(self, request, context):
+        """One evaluation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEvaluations(self, request, context):
+        """An own model's evaluations, by pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelAlias(self, request, context):
+        """One alias: what it points to, and what it pointed to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModelAliases(self, request, context):
+        """An own model's aliases, by pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MoveModelAlias(self, request, context):
+        """Points an alias to a version, for all or a part of its callers; makes the alias if it is not there. Needs a PASSED evaluation,
+        or `force` and scope `models.force`. Streams that run keep the version they began with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackModelAlias(self, request, context):
+        """Points an alias to what it pointed to before its last move.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteModelAlias(self, request, context):
+        """Removes an alias; the versions stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'CreateModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateModel,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.CreateModelRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.Model.SerializeToString,
+            ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
                     request_deserializer=argosy_dot_v1_dot_model__pb2.GetModelRequest.FromString,
@@ -78,6 +291,86 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=argosy_dot_v1_dot_model__pb2.ListModelsRequest.FromString,
                     response_serializer=argosy_dot_v1_dot_model__pb2.ListModelsResponse.SerializeToString,
             ),
+            'UpdateModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateModel,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.UpdateModelRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.Model.SerializeToString,
+            ),
+            'DeleteModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteModel,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.DeleteModelRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_deletion__pb2.Deletion.SerializeToString,
+            ),
+            'CreateModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateModelVersion,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.CreateModelVersionRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.ModelVersion.SerializeToString,
+            ),
+            'GetModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelVersion,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.GetModelVersionRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.ModelVersion.SerializeToString,
+            ),
+            'ListModelVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModelVersions,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.ListModelVersionsRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.ListModelVersionsResponse.SerializeToString,
+            ),
+            'DeleteModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteModelVersion,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.DeleteModelVersionRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_deletion__pb2.Deletion.SerializeToString,
+            ),
+            'ImportModelVersion': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportModelVersion,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.ImportModelVersionRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.ModelVersion.SerializeToString,
+            ),
+            'ExportModelVersion': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportModelVersion,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.ExportModelVersionRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.ExportModelVersionResponse.SerializeToString,
+            ),
+            'CreateEvaluation': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateEvaluation,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.CreateEvaluationRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.Evaluation.SerializeToString,
+            ),
+            'GetEvaluation': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetEvaluation,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.GetEvaluationRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.Evaluation.SerializeToString,
+            ),
+            'ListEvaluations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEvaluations,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.ListEvaluationsRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.ListEvaluationsResponse.SerializeToString,
+            ),
+            'GetModelAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelAlias,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.GetModelAliasRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.ModelAlias.SerializeToString,
+            ),
+            'ListModelAliases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModelAliases,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.ListModelAliasesRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.ListModelAliasesResponse.SerializeToString,
+            ),
+            'MoveModelAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveModelAlias,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.MoveModelAliasRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.ModelAlias.SerializeToString,
+            ),
+            'RollbackModelAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackModelAlias,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.RollbackModelAliasRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.ModelAlias.SerializeToString,
+            ),
+            'DeleteModelAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteModelAlias,
+                    request_deserializer=argosy_dot_v1_dot_model__pb2.DeleteModelAliasRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_model__pb2.ModelAlias.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'argosy.v1.ModelService', rpc_method_handlers)
@@ -87,8 +380,36 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService:
-    """Scope `models.read`; costs one request. Deadline cap: 30 s.
+    """Scopes `models.read` and `models.write`, `models.promote` to move aliases; costs one request, bytes where they pass, and
+    CreateEvaluation a job's price; `request_id` is replayed. Deadline cap: 30 s, 300 s for what streams.
     """
+
+    @staticmethod
+    def CreateModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/CreateModel',
+            argosy_dot_v1_dot_model__pb2.CreateModelRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def GetModel(request,
@@ -134,6 +455,438 @@ class ModelService:
             '/argosy.v1.ModelService/ListModels',
             argosy_dot_v1_dot_model__pb2.ListModelsRequest.SerializeToString,
             argosy_dot_v1_dot_model__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/UpdateModel',
+            argosy_dot_v1_dot_model__pb2.UpdateModelRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/DeleteModel',
+            argosy_dot_v1_dot_model__pb2.DeleteModelRequest.SerializeToString,
+            argosy_dot_v1_dot_deletion__pb2.Deletion.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/CreateModelVersion',
+            argosy_dot_v1_dot_model__pb2.CreateModelVersionRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.ModelVersion.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/GetModelVersion',
+            argosy_dot_v1_dot_model__pb2.GetModelVersionRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.ModelVersion.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModelVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/ListModelVersions',
+            argosy_dot_v1_dot_model__pb2.ListModelVersionsRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.ListModelVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/DeleteModelVersion',
+            argosy_dot_v1_dot_model__pb2.DeleteModelVersionRequest.SerializeToString,
+            argosy_dot_v1_dot_deletion__pb2.Deletion.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportModelVersion(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/argosy.v1.ModelService/ImportModelVersion',
+            argosy_dot_v1_dot_model__pb2.ImportModelVersionRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.ModelVersion.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/argosy.v1.ModelService/ExportModelVersion',
+            argosy_dot_v1_dot_model__pb2.ExportModelVersionRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.ExportModelVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateEvaluation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/CreateEvaluation',
+            argosy_dot_v1_dot_model__pb2.CreateEvaluationRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.Evaluation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetEvaluation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/GetEvaluation',
+            argosy_dot_v1_dot_model__pb2.GetEvaluationRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.Evaluation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEvaluations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/ListEvaluations',
+            argosy_dot_v1_dot_model__pb2.ListEvaluationsRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.ListEvaluationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/GetModelAlias',
+            argosy_dot_v1_dot_model__pb2.GetModelAliasRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.ModelAlias.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModelAliases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/ListModelAliases',
+            argosy_dot_v1_dot_model__pb2.ListModelAliasesRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.ListModelAliasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveModelAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/MoveModelAlias',
+            argosy_dot_v1_dot_model__pb2.MoveModelAliasRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.ModelAlias.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackModelAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/RollbackModelAlias',
+            argosy_dot_v1_dot_model__pb2.RollbackModelAliasRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.ModelAlias.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteModelAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.v1.ModelService/DeleteModelAlias',
+            argosy_dot_v1_dot_model__pb2.DeleteModelAliasRequest.SerializeToString,
+            argosy_dot_v1_dot_model__pb2.ModelAlias.FromString,
             options,
             channel_credentials,
             insecure,

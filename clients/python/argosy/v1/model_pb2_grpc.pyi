@@ -3,6 +3,7 @@
 isort:skip_file
 Models that can be asked: shared bases and a project's own."""
 
+from argosy.v1 import deletion_pb2 as _deletion_pb2
 from argosy.v1 import model_pb2 as _model_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
@@ -27,29 +28,115 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """Scope `models.read`; costs one request. Deadline cap: 30 s."""
+    """Scopes `models.read` and `models.write`, `models.promote` to move aliases; costs one request, bytes where they pass, and
+    CreateEvaluation a job's price; `request_id` is replayed. Deadline cap: 30 s, 300 s for what streams.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
+    CreateModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.CreateModelRequest, _model_pb2.Model]
+    """Makes an own model without a version."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.Model]
     """One model: what it can do, its context and its defaults."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
     """The shared bases and the project's own models, by pages."""
+    UpdateModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UpdateModelRequest, _model_pb2.Model]
+    """Changes display name and labels of an own model."""
+    DeleteModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.DeleteModelRequest, _deletion_pb2.Deletion]
+    """Erases an own model with its versions, aliases and evaluations."""
+    CreateModelVersion: _grpc.UnaryUnaryMultiCallable[_model_pb2.CreateModelVersionRequest, _model_pb2.ModelVersion]
+    """Makes a version of any committed checkpoint."""
+    GetModelVersion: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelVersionRequest, _model_pb2.ModelVersion]
+    """One version: digests, metrics, privacy and lineage."""
+    ListModelVersions: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelVersionsRequest, _model_pb2.ListModelVersionsResponse]
+    """An own model's versions, by pages."""
+    DeleteModelVersion: _grpc.UnaryUnaryMultiCallable[_model_pb2.DeleteModelVersionRequest, _deletion_pb2.Deletion]
+    """Erases a version from the store and from every replica."""
+    ImportModelVersion: _grpc.StreamUnaryMultiCallable[_model_pb2.ImportModelVersionRequest, _model_pb2.ModelVersion]
+    """Makes a version of an adapter trained elsewhere: a header, then its parts. Nothing in them is run."""
+    ExportModelVersion: _grpc.UnaryStreamMultiCallable[_model_pb2.ExportModelVersionRequest, _model_pb2.ExportModelVersionResponse]
+    """The files of a version as one plain tar archive, from an offset."""
+    CreateEvaluation: _grpc.UnaryUnaryMultiCallable[_model_pb2.CreateEvaluationRequest, _model_pb2.Evaluation]
+    """Measures a version against the alias's target and the base, on rows that none of them was trained on."""
+    GetEvaluation: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetEvaluationRequest, _model_pb2.Evaluation]
+    """One evaluation."""
+    ListEvaluations: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListEvaluationsRequest, _model_pb2.ListEvaluationsResponse]
+    """An own model's evaluations, by pages."""
+    GetModelAlias: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelAliasRequest, _model_pb2.ModelAlias]
+    """One alias: what it points to, and what it pointed to."""
+    ListModelAliases: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelAliasesRequest, _model_pb2.ListModelAliasesResponse]
+    """An own model's aliases, by pages."""
+    MoveModelAlias: _grpc.UnaryUnaryMultiCallable[_model_pb2.MoveModelAliasRequest, _model_pb2.ModelAlias]
+    """Points an alias to a version, for all or a part of its callers; makes the alias if it is not there. Needs a PASSED evaluation,
+    or `force` and scope `models.force`. Streams that run keep the version they began with.
+    """
+    RollbackModelAlias: _grpc.UnaryUnaryMultiCallable[_model_pb2.RollbackModelAliasRequest, _model_pb2.ModelAlias]
+    """Points an alias to what it pointed to before its last move."""
+    DeleteModelAlias: _grpc.UnaryUnaryMultiCallable[_model_pb2.DeleteModelAliasRequest, _model_pb2.ModelAlias]
+    """Removes an alias; the versions stay."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """Scope `models.read`; costs one request. Deadline cap: 30 s."""
+    """Scopes `models.read` and `models.write`, `models.promote` to move aliases; costs one request, bytes where they pass, and
+    CreateEvaluation a job's price; `request_id` is replayed. Deadline cap: 30 s, 300 s for what streams.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    CreateModel: _aio.UnaryUnaryMultiCallable[_model_pb2.CreateModelRequest, _model_pb2.Model]  # type: ignore[assignment]
+    """Makes an own model without a version."""
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.Model]  # type: ignore[assignment]
     """One model: what it can do, its context and its defaults."""
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The shared bases and the project's own models, by pages."""
+    UpdateModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UpdateModelRequest, _model_pb2.Model]  # type: ignore[assignment]
+    """Changes display name and labels of an own model."""
+    DeleteModel: _aio.UnaryUnaryMultiCallable[_model_pb2.DeleteModelRequest, _deletion_pb2.Deletion]  # type: ignore[assignment]
+    """Erases an own model with its versions, aliases and evaluations."""
+    CreateModelVersion: _aio.UnaryUnaryMultiCallable[_model_pb2.CreateModelVersionRequest, _model_pb2.ModelVersion]  # type: ignore[assignment]
+    """Makes a version of any committed checkpoint."""
+    GetModelVersion: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelVersionRequest, _model_pb2.ModelVersion]  # type: ignore[assignment]
+    """One version: digests, metrics, privacy and lineage."""
+    ListModelVersions: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelVersionsRequest, _model_pb2.ListModelVersionsResponse]  # type: ignore[assignment]
+    """An own model's versions, by pages."""
+    DeleteModelVersion: _aio.UnaryUnaryMultiCallable[_model_pb2.DeleteModelVersionRequest, _deletion_pb2.Deletion]  # type: ignore[assignment]
+    """Erases a version from the store and from every replica."""
+    ImportModelVersion: _aio.StreamUnaryMultiCallable[_model_pb2.ImportModelVersionRequest, _model_pb2.ModelVersion]  # type: ignore[assignment]
+    """Makes a version of an adapter trained elsewhere: a header, then its parts. Nothing in them is run."""
+    ExportModelVersion: _aio.UnaryStreamMultiCallable[_model_pb2.ExportModelVersionRequest, _model_pb2.ExportModelVersionResponse]  # type: ignore[assignment]
+    """The files of a version as one plain tar archive, from an offset."""
+    CreateEvaluation: _aio.UnaryUnaryMultiCallable[_model_pb2.CreateEvaluationRequest, _model_pb2.Evaluation]  # type: ignore[assignment]
+    """Measures a version against the alias's target and the base, on rows that none of them was trained on."""
+    GetEvaluation: _aio.UnaryUnaryMultiCallable[_model_pb2.GetEvaluationRequest, _model_pb2.Evaluation]  # type: ignore[assignment]
+    """One evaluation."""
+    ListEvaluations: _aio.UnaryUnaryMultiCallable[_model_pb2.ListEvaluationsRequest, _model_pb2.ListEvaluationsResponse]  # type: ignore[assignment]
+    """An own model's evaluations, by pages."""
+    GetModelAlias: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelAliasRequest, _model_pb2.ModelAlias]  # type: ignore[assignment]
+    """One alias: what it points to, and what it pointed to."""
+    ListModelAliases: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelAliasesRequest, _model_pb2.ListModelAliasesResponse]  # type: ignore[assignment]
+    """An own model's aliases, by pages."""
+    MoveModelAlias: _aio.UnaryUnaryMultiCallable[_model_pb2.MoveModelAliasRequest, _model_pb2.ModelAlias]  # type: ignore[assignment]
+    """Points an alias to a version, for all or a part of its callers; makes the alias if it is not there. Needs a PASSED evaluation,
+    or `force` and scope `models.force`. Streams that run keep the version they began with.
+    """
+    RollbackModelAlias: _aio.UnaryUnaryMultiCallable[_model_pb2.RollbackModelAliasRequest, _model_pb2.ModelAlias]  # type: ignore[assignment]
+    """Points an alias to what it pointed to before its last move."""
+    DeleteModelAlias: _aio.UnaryUnaryMultiCallable[_model_pb2.DeleteModelAliasRequest, _model_pb2.ModelAlias]  # type: ignore[assignment]
+    """Removes an alias; the versions stay."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Scope `models.read`; costs one request. Deadline cap: 30 s."""
+    """Scopes `models.read` and `models.write`, `models.promote` to move aliases; costs one request, bytes where they pass, and
+    CreateEvaluation a job's price; `request_id` is replayed. Deadline cap: 30 s, 300 s for what streams.
+    """
+
+    @_abc_1.abstractmethod
+    def CreateModel(
+        self,
+        request: _model_pb2.CreateModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.Model, _abc.Awaitable[_model_pb2.Model]]:
+        """Makes an own model without a version."""
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -66,5 +153,135 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
         """The shared bases and the project's own models, by pages."""
+
+    @_abc_1.abstractmethod
+    def UpdateModel(
+        self,
+        request: _model_pb2.UpdateModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.Model, _abc.Awaitable[_model_pb2.Model]]:
+        """Changes display name and labels of an own model."""
+
+    @_abc_1.abstractmethod
+    def DeleteModel(
+        self,
+        request: _model_pb2.DeleteModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_deletion_pb2.Deletion, _abc.Awaitable[_deletion_pb2.Deletion]]:
+        """Erases an own model with its versions, aliases and evaluations."""
+
+    @_abc_1.abstractmethod
+    def CreateModelVersion(
+        self,
+        request: _model_pb2.CreateModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ModelVersion, _abc.Awaitable[_model_pb2.ModelVersion]]:
+        """Makes a version of any committed checkpoint."""
+
+    @_abc_1.abstractmethod
+    def GetModelVersion(
+        self,
+        request: _model_pb2.GetModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ModelVersion, _abc.Awaitable[_model_pb2.ModelVersion]]:
+        """One version: digests, metrics, privacy and lineage."""
+
+    @_abc_1.abstractmethod
+    def ListModelVersions(
+        self,
+        request: _model_pb2.ListModelVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ListModelVersionsResponse, _abc.Awaitable[_model_pb2.ListModelVersionsResponse]]:
+        """An own model's versions, by pages."""
+
+    @_abc_1.abstractmethod
+    def DeleteModelVersion(
+        self,
+        request: _model_pb2.DeleteModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_deletion_pb2.Deletion, _abc.Awaitable[_deletion_pb2.Deletion]]:
+        """Erases a version from the store and from every replica."""
+
+    @_abc_1.abstractmethod
+    def ImportModelVersion(
+        self,
+        request_iterator: _MaybeAsyncIterator[_model_pb2.ImportModelVersionRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ModelVersion, _abc.Awaitable[_model_pb2.ModelVersion]]:
+        """Makes a version of an adapter trained elsewhere: a header, then its parts. Nothing in them is run."""
+
+    @_abc_1.abstractmethod
+    def ExportModelVersion(
+        self,
+        request: _model_pb2.ExportModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_model_pb2.ExportModelVersionResponse], _abc.AsyncIterator[_model_pb2.ExportModelVersionResponse]]:
+        """The files of a version as one plain tar archive, from an offset."""
+
+    @_abc_1.abstractmethod
+    def CreateEvaluation(
+        self,
+        request: _model_pb2.CreateEvaluationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.Evaluation, _abc.Awaitable[_model_pb2.Evaluation]]:
+        """Measures a version against the alias's target and the base, on rows that none of them was trained on."""
+
+    @_abc_1.abstractmethod
+    def GetEvaluation(
+        self,
+        request: _model_pb2.GetEvaluationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.Evaluation, _abc.Awaitable[_model_pb2.Evaluation]]:
+        """One evaluation."""
+
+    @_abc_1.abstractmethod
+    def ListEvaluations(
+        self,
+        request: _model_pb2.ListEvaluationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ListEvaluationsResponse, _abc.Awaitable[_model_pb2.ListEvaluationsResponse]]:
+        """An own model's evaluations, by pages."""
+
+    @_abc_1.abstractmethod
+    def GetModelAlias(
+        self,
+        request: _model_pb2.GetModelAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ModelAlias, _abc.Awaitable[_model_pb2.ModelAlias]]:
+        """One alias: what it points to, and what it pointed to."""
+
+    @_abc_1.abstractmethod
+    def ListModelAliases(
+        self,
+        request: _model_pb2.ListModelAliasesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ListModelAliasesResponse, _abc.Awaitable[_model_pb2.ListModelAliasesResponse]]:
+        """An own model's aliases, by pages."""
+
+    @_abc_1.abstractmethod
+    def MoveModelAlias(
+        self,
+        request: _model_pb2.MoveModelAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ModelAlias, _abc.Awaitable[_model_pb2.ModelAlias]]:
+        """Points an alias to a version, for all or a part of its callers; makes the alias if it is not there. Needs a PASSED evaluation,
+        or `force` and scope `models.force`. Streams that run keep the version they began with.
+        """
+
+    @_abc_1.abstractmethod
+    def RollbackModelAlias(
+        self,
+        request: _model_pb2.RollbackModelAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ModelAlias, _abc.Awaitable[_model_pb2.ModelAlias]]:
+        """Points an alias to what it pointed to before its last move."""
+
+    @_abc_1.abstractmethod
+    def DeleteModelAlias(
+        self,
+        request: _model_pb2.DeleteModelAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ModelAlias, _abc.Awaitable[_model_pb2.ModelAlias]]:
+        """Removes an alias; the versions stay."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

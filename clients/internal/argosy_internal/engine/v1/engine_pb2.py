@@ -25,6 +25,7 @@ _sym_db = _symbol_database.Default()
 from argosy.v1 import config_pb2 as argosy_dot_v1_dot_config__pb2
 from argosy.v1 import content_pb2 as argosy_dot_v1_dot_content__pb2
 from argosy.v1 import embedding_pb2 as argosy_dot_v1_dot_embedding__pb2
+from argosy.v1 import explanation_pb2 as argosy_dot_v1_dot_explanation__pb2
 from argosy.v1 import generation_pb2 as argosy_dot_v1_dot_generation__pb2
 from argosy.v1 import language_pb2 as argosy_dot_v1_dot_language__pb2
 from argosy.v1 import model_pb2 as argosy_dot_v1_dot_model__pb2
@@ -32,31 +33,47 @@ from argosy.v1 import stream_pb2 as argosy_dot_v1_dot_stream__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&argosy_internal/engine/v1/engine.proto\x12\x19\x61rgosy.internal.engine.v1\x1a\x16\x61rgosy/v1/config.proto\x1a\x17\x61rgosy/v1/content.proto\x1a\x19\x61rgosy/v1/embedding.proto\x1a\x1a\x61rgosy/v1/generation.proto\x1a\x18\x61rgosy/v1/language.proto\x1a\x15\x61rgosy/v1/model.proto\x1a\x16\x61rgosy/v1/stream.proto\x1a\x1egoogle/protobuf/duration.proto\"\xd8\x03\n\x0fGenerateRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x05model\x18\x03 \x01(\x0b\x32\x16.argosy.v1.ServedModel\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x16.argosy.v1.ChatRequestH\x00\x12\x34\n\tsummarize\x18\x06 \x01(\x0b\x32\x1f.argosy.v1.SummarizeTextRequestH\x00\x12\x34\n\ttranslate\x18\x07 \x01(\x0b\x32\x1f.argosy.v1.TranslateTextRequestH\x00\x12\x32\n\x06\x61nswer\x18\x08 \x01(\x0b\x32 .argosy.v1.AnswerQuestionRequestH\x00\x12+\n\x06\x63onfig\x18\t \x01(\x0b\x32\x1b.argosy.v1.GenerationConfig\x12!\n\x14output_token_ceiling\x18\n \x01(\rH\x01\x88\x01\x01\x12(\n\nwork_class\x18\x0b \x01(\x0e\x32\x14.argosy.v1.WorkClassB\x08\n\x06promptB\x17\n\x15_output_token_ceiling\"\xaa\x02\n\rEncodeRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x05model\x18\x03 \x01(\x0b\x32\x16.argosy.v1.ServedModel\x12\x32\n\x08\x63lassify\x18\x04 \x01(\x0b\x32\x1e.argosy.v1.ClassifyTextRequestH\x00\x12-\n\x05\x65mbed\x18\x05 \x01(\x0b\x32\x1c.argosy.v1.EmbedTextsRequestH\x00\x12\x32\n\x06\x61nswer\x18\x06 \x01(\x0b\x32 .argosy.v1.AnswerQuestionRequestH\x00\x12(\n\nwork_class\x18\x07 \x01(\x0e\x32\x14.argosy.v1.WorkClassB\x06\n\x04task\"\xb4\x01\n\x0e\x45ncodeResponse\x12\x33\n\x08\x63lassify\x18\x01 \x01(\x0b\x32\x1f.argosy.v1.ClassifyTextResponseH\x00\x12.\n\x05\x65mbed\x18\x02 \x01(\x0b\x32\x1d.argosy.v1.EmbedTextsResponseH\x00\x12\x33\n\x06\x61nswer\x18\x03 \x01(\x0b\x32!.argosy.v1.AnswerQuestionResponseH\x00\x42\x08\n\x06result\"&\n\x0c\x41\x62ortRequest\x12\x16\n\x0egeneration_ids\x18\x01 \x03(\t\"\x0f\n\rAbortResponse\"\x16\n\x14GetEngineInfoRequest\"\x95\x03\n\nEngineInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x1c\n\x14\x65mbedding_dimensions\x18\x08 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\t \x01(\r\x12\x14\n\x0ctotal_blocks\x18\n \x01(\r\x12\x33\n\x0e\x64\x65\x66\x61ult_config\x18\x0b \x01(\x0b\x32\x1b.argosy.v1.GenerationConfig\x12\x15\n\rend_token_ids\x18\x0c \x03(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\r \x01(\t\x12\x30\n\x0c\x63\x61pabilities\x18\x0e \x03(\x0e\x32\x1a.argosy.v1.ModelCapability\x12\x0f\n\x07version\x18\x0f \x01(\t\x12\x13\n\x0binstance_id\x18\x10 \x01(\t\"\x12\n\x10WatchLoadRequest\"\xd6\x02\n\nEngineLoad\x12\x19\n\x11waiting_sequences\x18\x01 \x01(\r\x12\x19\n\x11running_sequences\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x16\n\x0erunning_tokens\x18\x04 \x01(\x04\x12!\n\x19prefill_tokens_per_second\x18\x05 \x01(\x01\x12 \n\x18\x64\x65\x63ode_tokens_per_second\x18\x06 \x01(\x01\x12\x13\n\x0b\x66ree_blocks\x18\x07 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\r\x12\x15\n\rcached_tokens\x18\t \x01(\x04\x12\r\n\x05steps\x18\n \x01(\x04\x12,\n\tstep_time\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x62\x61tch\x18\x0c \x01(\r\x12\x10\n\x08\x64raining\x18\r \x01(\x08\x32\xff\x04\n\rEngineService\x12T\n\x08Generate\x12*.argosy.internal.engine.v1.GenerateRequest\x1a\x1a.argosy.v1.GenerationEvent0\x01\x12]\n\x06\x45ncode\x12(.argosy.internal.engine.v1.EncodeRequest\x1a).argosy.internal.engine.v1.EncodeResponse\x12L\n\x0b\x43ountTokens\x12\x1d.argosy.v1.CountTokensRequest\x1a\x1e.argosy.v1.CountTokensResponse\x12\x43\n\x08Tokenize\x12\x1a.argosy.v1.TokenizeRequest\x1a\x1b.argosy.v1.TokenizeResponse\x12Z\n\x05\x41\x62ort\x12\'.argosy.internal.engine.v1.AbortRequest\x1a(.argosy.internal.engine.v1.AbortResponse\x12g\n\rGetEngineInfo\x12/.argosy.internal.engine.v1.GetEngineInfoRequest\x1a%.argosy.internal.engine.v1.EngineInfo\x12\x61\n\tWatchLoad\x12+.argosy.internal.engine.v1.WatchLoadRequest\x1a%.argosy.internal.engine.v1.EngineLoad0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&argosy_internal/engine/v1/engine.proto\x12\x19\x61rgosy.internal.engine.v1\x1a\x16\x61rgosy/v1/config.proto\x1a\x17\x61rgosy/v1/content.proto\x1a\x19\x61rgosy/v1/embedding.proto\x1a\x1b\x61rgosy/v1/explanation.proto\x1a\x1a\x61rgosy/v1/generation.proto\x1a\x18\x61rgosy/v1/language.proto\x1a\x15\x61rgosy/v1/model.proto\x1a\x16\x61rgosy/v1/stream.proto\x1a\x1egoogle/protobuf/duration.proto\"\xd8\x03\n\x0fGenerateRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x05model\x18\x03 \x01(\x0b\x32\x16.argosy.v1.ServedModel\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x16.argosy.v1.ChatRequestH\x00\x12\x34\n\tsummarize\x18\x06 \x01(\x0b\x32\x1f.argosy.v1.SummarizeTextRequestH\x00\x12\x34\n\ttranslate\x18\x07 \x01(\x0b\x32\x1f.argosy.v1.TranslateTextRequestH\x00\x12\x32\n\x06\x61nswer\x18\x08 \x01(\x0b\x32 .argosy.v1.AnswerQuestionRequestH\x00\x12+\n\x06\x63onfig\x18\t \x01(\x0b\x32\x1b.argosy.v1.GenerationConfig\x12!\n\x14output_token_ceiling\x18\n \x01(\rH\x01\x88\x01\x01\x12(\n\nwork_class\x18\x0b \x01(\x0e\x32\x14.argosy.v1.WorkClassB\x08\n\x06promptB\x17\n\x15_output_token_ceiling\"\xaa\x02\n\rEncodeRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x05model\x18\x03 \x01(\x0b\x32\x16.argosy.v1.ServedModel\x12\x32\n\x08\x63lassify\x18\x04 \x01(\x0b\x32\x1e.argosy.v1.ClassifyTextRequestH\x00\x12-\n\x05\x65mbed\x18\x05 \x01(\x0b\x32\x1c.argosy.v1.EmbedTextsRequestH\x00\x12\x32\n\x06\x61nswer\x18\x06 \x01(\x0b\x32 .argosy.v1.AnswerQuestionRequestH\x00\x12(\n\nwork_class\x18\x07 \x01(\x0e\x32\x14.argosy.v1.WorkClassB\x06\n\x04task\"\xb4\x01\n\x0e\x45ncodeResponse\x12\x33\n\x08\x63lassify\x18\x01 \x01(\x0b\x32\x1f.argosy.v1.ClassifyTextResponseH\x00\x12.\n\x05\x65mbed\x18\x02 \x01(\x0b\x32\x1d.argosy.v1.EmbedTextsResponseH\x00\x12\x33\n\x06\x61nswer\x18\x03 \x01(\x0b\x32!.argosy.v1.AnswerQuestionResponseH\x00\x42\x08\n\x06result\"\xba\x01\n\x10\x41ttributeRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x05model\x18\x03 \x01(\x0b\x32\x16.argosy.v1.ServedModel\x12*\n\x07\x65xplain\x18\x04 \x01(\x0b\x32\x19.argosy.v1.ExplainRequest\x12(\n\nwork_class\x18\x05 \x01(\x0e\x32\x14.argosy.v1.WorkClass\"0\n\x16PrefetchAdapterRequest\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\t\"w\n\x17PrefetchAdapterResponse\x12\x33\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\".argosy.internal.engine.v1.Adapter\x12\'\n\x04load\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"-\n\x13\x45victAdapterRequest\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\t\"\'\n\x14\x45victAdapterResponse\x12\x0f\n\x07\x65victed\x18\x01 \x01(\x08\"\x15\n\x13ListAdaptersRequest\"L\n\x14ListAdaptersResponse\x12\x34\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\".argosy.internal.engine.v1.Adapter\"U\n\x07\x41\x64\x61pter\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\"&\n\x0c\x41\x62ortRequest\x12\x16\n\x0egeneration_ids\x18\x01 \x03(\t\"\x0f\n\rAbortResponse\"\x16\n\x14GetEngineInfoRequest\"\xac\x03\n\nEngineInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x1c\n\x14\x65mbedding_dimensions\x18\x08 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\t \x01(\r\x12\x14\n\x0ctotal_blocks\x18\n \x01(\r\x12\x33\n\x0e\x64\x65\x66\x61ult_config\x18\x0b \x01(\x0b\x32\x1b.argosy.v1.GenerationConfig\x12\x15\n\rend_token_ids\x18\x0c \x03(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\r \x01(\t\x12\x30\n\x0c\x63\x61pabilities\x18\x0e \x03(\x0e\x32\x1a.argosy.v1.ModelCapability\x12\x0f\n\x07version\x18\x0f \x01(\t\x12\x13\n\x0binstance_id\x18\x10 \x01(\t\x12\x15\n\radapter_slots\x18\x11 \x01(\r\"\x12\n\x10WatchLoadRequest\"\xf1\x02\n\nEngineLoad\x12\x19\n\x11waiting_sequences\x18\x01 \x01(\r\x12\x19\n\x11running_sequences\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x16\n\x0erunning_tokens\x18\x04 \x01(\x04\x12!\n\x19prefill_tokens_per_second\x18\x05 \x01(\x01\x12 \n\x18\x64\x65\x63ode_tokens_per_second\x18\x06 \x01(\x01\x12\x13\n\x0b\x66ree_blocks\x18\x07 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\r\x12\x15\n\rcached_tokens\x18\t \x01(\x04\x12\r\n\x05steps\x18\n \x01(\x04\x12,\n\tstep_time\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x62\x61tch\x18\x0c \x01(\r\x12\x10\n\x08\x64raining\x18\r \x01(\x08\x12\x19\n\x11resident_adapters\x18\x0e \x03(\t2\xb1\x08\n\rEngineService\x12T\n\x08Generate\x12*.argosy.internal.engine.v1.GenerateRequest\x1a\x1a.argosy.v1.GenerationEvent0\x01\x12]\n\x06\x45ncode\x12(.argosy.internal.engine.v1.EncodeRequest\x1a).argosy.internal.engine.v1.EncodeResponse\x12L\n\x0b\x43ountTokens\x12\x1d.argosy.v1.CountTokensRequest\x1a\x1e.argosy.v1.CountTokensResponse\x12\x43\n\x08Tokenize\x12\x1a.argosy.v1.TokenizeRequest\x1a\x1b.argosy.v1.TokenizeResponse\x12Z\n\x05\x41\x62ort\x12\'.argosy.internal.engine.v1.AbortRequest\x1a(.argosy.internal.engine.v1.AbortResponse\x12g\n\rGetEngineInfo\x12/.argosy.internal.engine.v1.GetEngineInfoRequest\x1a%.argosy.internal.engine.v1.EngineInfo\x12\x61\n\tWatchLoad\x12+.argosy.internal.engine.v1.WatchLoadRequest\x1a%.argosy.internal.engine.v1.EngineLoad0\x01\x12T\n\tAttribute\x12+.argosy.internal.engine.v1.AttributeRequest\x1a\x1a.argosy.v1.ExplainResponse\x12x\n\x0fPrefetchAdapter\x12\x31.argosy.internal.engine.v1.PrefetchAdapterRequest\x1a\x32.argosy.internal.engine.v1.PrefetchAdapterResponse\x12o\n\x0c\x45victAdapter\x12..argosy.internal.engine.v1.EvictAdapterRequest\x1a/.argosy.internal.engine.v1.EvictAdapterResponse\x12o\n\x0cListAdapters\x12..argosy.internal.engine.v1.ListAdaptersRequest\x1a/.argosy.internal.engine.v1.ListAdaptersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'argosy_internal.engine.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GENERATEREQUEST']._serialized_start=279
-  _globals['_GENERATEREQUEST']._serialized_end=751
-  _globals['_ENCODEREQUEST']._serialized_start=754
-  _globals['_ENCODEREQUEST']._serialized_end=1052
-  _globals['_ENCODERESPONSE']._serialized_start=1055
-  _globals['_ENCODERESPONSE']._serialized_end=1235
-  _globals['_ABORTREQUEST']._serialized_start=1237
-  _globals['_ABORTREQUEST']._serialized_end=1275
-  _globals['_ABORTRESPONSE']._serialized_start=1277
-  _globals['_ABORTRESPONSE']._serialized_end=1292
-  _globals['_GETENGINEINFOREQUEST']._serialized_start=1294
-  _globals['_GETENGINEINFOREQUEST']._serialized_end=1316
-  _globals['_ENGINEINFO']._serialized_start=1319
-  _globals['_ENGINEINFO']._serialized_end=1724
-  _globals['_WATCHLOADREQUEST']._serialized_start=1726
-  _globals['_WATCHLOADREQUEST']._serialized_end=1744
-  _globals['_ENGINELOAD']._serialized_start=1747
-  _globals['_ENGINELOAD']._serialized_end=2089
-  _globals['_ENGINESERVICE']._serialized_start=2092
-  _globals['_ENGINESERVICE']._serialized_end=2731
+  _globals['_GENERATEREQUEST']._serialized_start=308
+  _globals['_GENERATEREQUEST']._serialized_end=780
+  _globals['_ENCODEREQUEST']._serialized_start=783
+  _globals['_ENCODEREQUEST']._serialized_end=1081
+  _globals['_ENCODERESPONSE']._serialized_start=1084
+  _globals['_ENCODERESPONSE']._serialized_end=1264
+  _globals['_ATTRIBUTEREQUEST']._serialized_start=1267
+  _globals['_ATTRIBUTEREQUEST']._serialized_end=1453
+  _globals['_PREFETCHADAPTERREQUEST']._serialized_start=1455
+  _globals['_PREFETCHADAPTERREQUEST']._serialized_end=1503
+  _globals['_PREFETCHADAPTERRESPONSE']._serialized_start=1505
+  _globals['_PREFETCHADAPTERRESPONSE']._serialized_end=1624
+  _globals['_EVICTADAPTERREQUEST']._serialized_start=1626
+  _globals['_EVICTADAPTERREQUEST']._serialized_end=1671
+  _globals['_EVICTADAPTERRESPONSE']._serialized_start=1673
+  _globals['_EVICTADAPTERRESPONSE']._serialized_end=1712
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1714
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1735
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1737
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1813
+  _globals['_ADAPTER']._serialized_start=1815
+  _globals['_ADAPTER']._serialized_end=1900
+  _globals['_ABORTREQUEST']._serialized_start=1902
+  _globals['_ABORTREQUEST']._serialized_end=1940
+  _globals['_ABORTRESPONSE']._serialized_start=1942
+  _globals['_ABORTRESPONSE']._serialized_end=1957
+  _globals['_GETENGINEINFOREQUEST']._serialized_start=1959
+  _globals['_GETENGINEINFOREQUEST']._serialized_end=1981
+  _globals['_ENGINEINFO']._serialized_start=1984
+  _globals['_ENGINEINFO']._serialized_end=2412
+  _globals['_WATCHLOADREQUEST']._serialized_start=2414
+  _globals['_WATCHLOADREQUEST']._serialized_end=2432
+  _globals['_ENGINELOAD']._serialized_start=2435
+  _globals['_ENGINELOAD']._serialized_end=2804
+  _globals['_ENGINESERVICE']._serialized_start=2807
+  _globals['_ENGINESERVICE']._serialized_end=3880
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ metadata `x-argosy-caller-bin`; the pod checks it, and every bound, again.
 from argosy.v1 import config_pb2 as _config_pb2
 from argosy.v1 import content_pb2 as _content_pb2
 from argosy.v1 import embedding_pb2 as _embedding_pb2
+from argosy.v1 import explanation_pb2 as _explanation_pb2
 from argosy.v1 import generation_pb2 as _generation_pb2
 from argosy.v1 import language_pb2 as _language_pb2
 from argosy.v1 import model_pb2 as _model_pb2
@@ -203,6 +204,221 @@ class EncodeResponse(_message.Message):
 Global___EncodeResponse: _TypeAlias = EncodeResponse  # noqa: Y015
 
 @_typing.final
+class AttributeRequest(_message.Message):
+    """One explanation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    WORK_CLASS_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """Made by the gateway, one an attempt; a UUID; 1..64 bytes. Required."""
+    request_id: _builtins.str
+    """As the caller sent it, or made by the gateway; a UUID4; 1..64 bytes. Required."""
+    work_class: _config_pb2.WorkClass.ValueType
+    """Which queue. Unset: INTERACTIVE."""
+    @_builtins.property
+    def model(self) -> _content_pb2.ServedModel:
+        """What the gateway resolved the caller's `model` to. Required."""
+
+    @_builtins.property
+    def explain(self) -> _explanation_pb2.ExplainRequest:
+        """The caller's request, whole. Required."""
+
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        model: _content_pb2.ServedModel | None = ...,
+        explain: _explanation_pb2.ExplainRequest | None = ...,
+        work_class: _config_pb2.WorkClass.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain", "model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain", "generation_id", b"generation_id", "model", b"model", "request_id", b"request_id", "work_class", b"work_class"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttributeRequest: _TypeAlias = AttributeRequest  # noqa: Y015
+
+@_typing.final
+class PrefetchAdapterRequest(_message.Message):
+    """What to load."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
+    adapter_digest: _builtins.str
+    """SHA-256 of the adapter's signed manifest; 64 hex digits. Required."""
+    def __init__(
+        self,
+        *,
+        adapter_digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchAdapterRequest: _TypeAlias = PrefetchAdapterRequest  # noqa: Y015
+
+@_typing.final
+class PrefetchAdapterResponse(_message.Message):
+    """It is loaded, or was already."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The adapter."""
+
+    @_builtins.property
+    def load(self) -> _duration_pb2.Duration:
+        """What loading took: fetched, verified and in memory; 0: it was loaded already."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+        load: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "load", b"load"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "load", b"load"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchAdapterResponse: _TypeAlias = PrefetchAdapterResponse  # noqa: Y015
+
+@_typing.final
+class EvictAdapterRequest(_message.Message):
+    """What to forget."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
+    adapter_digest: _builtins.str
+    """SHA-256 of the adapter's signed manifest; 64 hex digits. Required."""
+    def __init__(
+        self,
+        *,
+        adapter_digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictAdapterRequest: _TypeAlias = EvictAdapterRequest  # noqa: Y015
+
+@_typing.final
+class EvictAdapterResponse(_message.Message):
+    """It is forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVICTED_FIELD_NUMBER: _builtins.int
+    evicted: _builtins.bool
+    """True: it was loaded."""
+    def __init__(
+        self,
+        *,
+        evicted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evicted", b"evicted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictAdapterResponse: _TypeAlias = EvictAdapterResponse  # noqa: Y015
+
+@_typing.final
+class ListAdaptersRequest(_message.Message):
+    """Asks for the loaded adapters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdaptersRequest: _TypeAlias = ListAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class ListAdaptersResponse(_message.Message):
+    """The loaded adapters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """In the order of their last use, newest first."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
+
+@_typing.final
+class Adapter(_message.Message):
+    """A loaded adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    adapter_digest: _builtins.str
+    """SHA-256 of its signed manifest; 64 hex digits."""
+    rank: _builtins.int
+    """Rank of its matrices."""
+    memory_bytes: _builtins.int
+    """Bytes of memory."""
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Labels of its head, in order. Empty: no head."""
+
+    def __init__(
+        self,
+        *,
+        adapter_digest: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "labels", b"labels", "memory_bytes", b"memory_bytes", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
 class AbortRequest(_message.Message):
     """Which calls to end."""
 
@@ -282,6 +498,7 @@ class EngineInfo(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    ADAPTER_SLOTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The base it serves, `models/{model}`."""
     base_digest: _builtins.str
@@ -308,6 +525,8 @@ class EngineInfo(_message.Message):
     """Version of this program; for people."""
     instance_id: _builtins.str
     """Changes when the engine process starts anew; a UUID."""
+    adapter_slots: _builtins.int
+    """Adapters that can be loaded at once. 0: this replica serves the base alone."""
     @_builtins.property
     def default_config(self) -> _config_pb2.GenerationConfig:
         """What an unset field of a request's config means."""
@@ -339,10 +558,11 @@ class EngineInfo(_message.Message):
         capabilities: _abc.Iterable[_model_pb2.ModelCapability.ValueType] | None = ...,
         version: _builtins.str = ...,
         instance_id: _builtins.str = ...,
+        adapter_slots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_config", b"default_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "backend", b"backend", "base_digest", b"base_digest", "block_tokens", b"block_tokens", "capabilities", b"capabilities", "context_tokens", b"context_tokens", "default_config", b"default_config", "device", b"device", "dtype", b"dtype", "embedding_dimensions", b"embedding_dimensions", "end_token_ids", b"end_token_ids", "instance_id", b"instance_id", "model", b"model", "total_blocks", b"total_blocks", "version", b"version", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_slots", b"adapter_slots", "architecture", b"architecture", "backend", b"backend", "base_digest", b"base_digest", "block_tokens", b"block_tokens", "capabilities", b"capabilities", "context_tokens", b"context_tokens", "default_config", b"default_config", "device", b"device", "dtype", b"dtype", "embedding_dimensions", b"embedding_dimensions", "end_token_ids", b"end_token_ids", "instance_id", b"instance_id", "model", b"model", "total_blocks", b"total_blocks", "version", b"version", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -384,6 +604,7 @@ class EngineLoad(_message.Message):
     STEP_TIME_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    RESIDENT_ADAPTERS_FIELD_NUMBER: _builtins.int
     waiting_sequences: _builtins.int
     """Sequences not yet started."""
     running_sequences: _builtins.int
@@ -412,6 +633,10 @@ class EngineLoad(_message.Message):
     def step_time(self) -> _duration_pb2.Duration:
         """Mean of the recent steps."""
 
+    @_builtins.property
+    def resident_adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Digests of the loaded adapters; 64 hex digits each."""
+
     def __init__(
         self,
         *,
@@ -428,10 +653,11 @@ class EngineLoad(_message.Message):
         step_time: _duration_pb2.Duration | None = ...,
         batch: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        resident_adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["step_time", b"step_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "cached_tokens", b"cached_tokens", "decode_tokens_per_second", b"decode_tokens_per_second", "draining", b"draining", "free_blocks", b"free_blocks", "prefill_tokens_per_second", b"prefill_tokens_per_second", "queued_tokens", b"queued_tokens", "running_sequences", b"running_sequences", "running_tokens", b"running_tokens", "step_time", b"step_time", "steps", b"steps", "total_blocks", b"total_blocks", "waiting_sequences", b"waiting_sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "cached_tokens", b"cached_tokens", "decode_tokens_per_second", b"decode_tokens_per_second", "draining", b"draining", "free_blocks", b"free_blocks", "prefill_tokens_per_second", b"prefill_tokens_per_second", "queued_tokens", b"queued_tokens", "resident_adapters", b"resident_adapters", "running_sequences", b"running_sequences", "running_tokens", b"running_tokens", "step_time", b"step_time", "steps", b"steps", "total_blocks", b"total_blocks", "waiting_sequences", b"waiting_sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

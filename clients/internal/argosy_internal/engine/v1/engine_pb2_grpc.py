@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from argosy.v1 import explanation_pb2 as argosy_dot_v1_dot_explanation__pb2
 from argosy.v1 import generation_pb2 as argosy_dot_v1_dot_generation__pb2
 from argosy.v1 import stream_pb2 as argosy_dot_v1_dot_stream__pb2
 from argosy_internal.engine.v1 import engine_pb2 as argosy__internal_dot_engine_dot_v1_dot_engine__pb2
@@ -72,6 +73,26 @@ class EngineServiceStub:
                 request_serializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.WatchLoadRequest.SerializeToString,
                 response_deserializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.EngineLoad.FromString,
                 _registered_method=True)
+        self.Attribute = channel.unary_unary(
+                '/argosy.internal.engine.v1.EngineService/Attribute',
+                request_serializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.AttributeRequest.SerializeToString,
+                response_deserializer=argosy_dot_v1_dot_explanation__pb2.ExplainResponse.FromString,
+                _registered_method=True)
+        self.PrefetchAdapter = channel.unary_unary(
+                '/argosy.internal.engine.v1.EngineService/PrefetchAdapter',
+                request_serializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.PrefetchAdapterRequest.SerializeToString,
+                response_deserializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.PrefetchAdapterResponse.FromString,
+                _registered_method=True)
+        self.EvictAdapter = channel.unary_unary(
+                '/argosy.internal.engine.v1.EngineService/EvictAdapter',
+                request_serializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.EvictAdapterRequest.SerializeToString,
+                response_deserializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.EvictAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/argosy.internal.engine.v1.EngineService/ListAdapters',
+                request_serializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class EngineServiceServicer:
@@ -127,6 +148,34 @@ class EngineServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Attribute(self, request, context):
+        """Explains an answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PrefetchAdapter(self, request, context):
+        """Loads an adapter of the caller's project beside the batch; answers once it is loaded. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EvictAdapter(self, request, context):
+        """Forgets an adapter of the caller's project, its cached prompts included; new calls with it are RESOURCE_NOT_FOUND. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """The adapters of the caller's project that are loaded; at most `EngineInfo.adapter_slots`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -164,6 +213,26 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.WatchLoad,
                     request_deserializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.WatchLoadRequest.FromString,
                     response_serializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.EngineLoad.SerializeToString,
+            ),
+            'Attribute': grpc.unary_unary_rpc_method_handler(
+                    servicer.Attribute,
+                    request_deserializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.AttributeRequest.FromString,
+                    response_serializer=argosy_dot_v1_dot_explanation__pb2.ExplainResponse.SerializeToString,
+            ),
+            'PrefetchAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrefetchAdapter,
+                    request_deserializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.PrefetchAdapterRequest.FromString,
+                    response_serializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.PrefetchAdapterResponse.SerializeToString,
+            ),
+            'EvictAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvictAdapter,
+                    request_deserializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.EvictAdapterRequest.FromString,
+                    response_serializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.EvictAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=argosy__internal_dot_engine_dot_v1_dot_engine__pb2.ListAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -356,6 +425,114 @@ class EngineService:
             '/argosy.internal.engine.v1.EngineService/WatchLoad',
             argosy__internal_dot_engine_dot_v1_dot_engine__pb2.WatchLoadRequest.SerializeToString,
             argosy__internal_dot_engine_dot_v1_dot_engine__pb2.EngineLoad.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attribute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.internal.engine.v1.EngineService/Attribute',
+            argosy__internal_dot_engine_dot_v1_dot_engine__pb2.AttributeRequest.SerializeToString,
+            argosy_dot_v1_dot_explanation__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrefetchAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.internal.engine.v1.EngineService/PrefetchAdapter',
+            argosy__internal_dot_engine_dot_v1_dot_engine__pb2.PrefetchAdapterRequest.SerializeToString,
+            argosy__internal_dot_engine_dot_v1_dot_engine__pb2.PrefetchAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvictAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.internal.engine.v1.EngineService/EvictAdapter',
+            argosy__internal_dot_engine_dot_v1_dot_engine__pb2.EvictAdapterRequest.SerializeToString,
+            argosy__internal_dot_engine_dot_v1_dot_engine__pb2.EvictAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.internal.engine.v1.EngineService/ListAdapters',
+            argosy__internal_dot_engine_dot_v1_dot_engine__pb2.ListAdaptersRequest.SerializeToString,
+            argosy__internal_dot_engine_dot_v1_dot_engine__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,6 +5,7 @@ Gateway to inference. Public requests and events travel through unopened. Each c
 metadata `x-argosy-caller-bin`; the pod checks it, and every bound, again.
 """
 
+from argosy.v1 import explanation_pb2 as _explanation_pb2
 from argosy.v1 import generation_pb2 as _generation_pb2
 from argosy.v1 import stream_pb2 as _stream_pb2
 from argosy_internal.engine.v1 import engine_pb2 as _engine_pb2
@@ -51,6 +52,14 @@ class EngineServiceStub:
     """What this replica is and can do; answers once the engine is warm."""
     WatchLoad: _grpc.UnaryStreamMultiCallable[_engine_pb2.WatchLoadRequest, _engine_pb2.EngineLoad]
     """The load at once, then each 100 ms while anything runs, and on change; at least each 15 s."""
+    Attribute: _grpc.UnaryUnaryMultiCallable[_engine_pb2.AttributeRequest, _explanation_pb2.ExplainResponse]
+    """Explains an answer."""
+    PrefetchAdapter: _grpc.UnaryUnaryMultiCallable[_engine_pb2.PrefetchAdapterRequest, _engine_pb2.PrefetchAdapterResponse]
+    """Loads an adapter of the caller's project beside the batch; answers once it is loaded. Safe to repeat."""
+    EvictAdapter: _grpc.UnaryUnaryMultiCallable[_engine_pb2.EvictAdapterRequest, _engine_pb2.EvictAdapterResponse]
+    """Forgets an adapter of the caller's project, its cached prompts included; new calls with it are RESOURCE_NOT_FOUND. Safe to repeat."""
+    ListAdapters: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ListAdaptersRequest, _engine_pb2.ListAdaptersResponse]
+    """The adapters of the caller's project that are loaded; at most `EngineInfo.adapter_slots`."""
 
 @_typing.type_check_only
 class EngineServiceAsyncStub(EngineServiceStub):
@@ -71,6 +80,14 @@ class EngineServiceAsyncStub(EngineServiceStub):
     """What this replica is and can do; answers once the engine is warm."""
     WatchLoad: _aio.UnaryStreamMultiCallable[_engine_pb2.WatchLoadRequest, _engine_pb2.EngineLoad]  # type: ignore[assignment]
     """The load at once, then each 100 ms while anything runs, and on change; at least each 15 s."""
+    Attribute: _aio.UnaryUnaryMultiCallable[_engine_pb2.AttributeRequest, _explanation_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Explains an answer."""
+    PrefetchAdapter: _aio.UnaryUnaryMultiCallable[_engine_pb2.PrefetchAdapterRequest, _engine_pb2.PrefetchAdapterResponse]  # type: ignore[assignment]
+    """Loads an adapter of the caller's project beside the batch; answers once it is loaded. Safe to repeat."""
+    EvictAdapter: _aio.UnaryUnaryMultiCallable[_engine_pb2.EvictAdapterRequest, _engine_pb2.EvictAdapterResponse]  # type: ignore[assignment]
+    """Forgets an adapter of the caller's project, its cached prompts included; new calls with it are RESOURCE_NOT_FOUND. Safe to repeat."""
+    ListAdapters: _aio.UnaryUnaryMultiCallable[_engine_pb2.ListAdaptersRequest, _engine_pb2.ListAdaptersResponse]  # type: ignore[assignment]
+    """The adapters of the caller's project that are loaded; at most `EngineInfo.adapter_slots`."""
 
 class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
     """One replica: one base model on one device."""
@@ -130,5 +147,37 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_engine_pb2.EngineLoad], _abc.AsyncIterator[_engine_pb2.EngineLoad]]:
         """The load at once, then each 100 ms while anything runs, and on change; at least each 15 s."""
+
+    @_abc_1.abstractmethod
+    def Attribute(
+        self,
+        request: _engine_pb2.AttributeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_explanation_pb2.ExplainResponse, _abc.Awaitable[_explanation_pb2.ExplainResponse]]:
+        """Explains an answer."""
+
+    @_abc_1.abstractmethod
+    def PrefetchAdapter(
+        self,
+        request: _engine_pb2.PrefetchAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.PrefetchAdapterResponse, _abc.Awaitable[_engine_pb2.PrefetchAdapterResponse]]:
+        """Loads an adapter of the caller's project beside the batch; answers once it is loaded. Safe to repeat."""
+
+    @_abc_1.abstractmethod
+    def EvictAdapter(
+        self,
+        request: _engine_pb2.EvictAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.EvictAdapterResponse, _abc.Awaitable[_engine_pb2.EvictAdapterResponse]]:
+        """Forgets an adapter of the caller's project, its cached prompts included; new calls with it are RESOURCE_NOT_FOUND. Safe to repeat."""
+
+    @_abc_1.abstractmethod
+    def ListAdapters(
+        self,
+        request: _engine_pb2.ListAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.ListAdaptersResponse, _abc.Awaitable[_engine_pb2.ListAdaptersResponse]]:
+        """The adapters of the caller's project that are loaded; at most `EngineInfo.adapter_slots`."""
 
 def add_EngineServiceServicer_to_server(servicer: EngineServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
