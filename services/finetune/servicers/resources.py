@@ -1,0 +1,185 @@
+"""What the public services share at the door: names, masks, pages, and changes that can be repeated.
+
+A name's project must be the caller's: any other, foreign or unknown, is the same RESOURCE_NOT_FOUND, without a look.
+"""
+
+import hashlib
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import sqlalchemy.exc
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.chassis.errors import (
+    ApiKeyInvalid,
+    FieldInvalid,
+    IdempotencyKeyReused,
+    RequestInFlight,
+    ResourceExists,
+    ResourceNotFound,
+)
+from services.chassis.identity import CALLER, Caller
+from services.chassis.lists import PAGE, PAGE_BYTES, PageTokens
+from services.finetune import replays
+from services.finetune.store import FineTuneStore
+
+M = TypeVar("M", bound=Message)
+
+SEGMENT = r"[a-z0-9-]{1,63}"
+UUID_SEGMENT = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+NUMBER = r"[1-9][0-9]{0,17}"
+
+
+def caller() -> Caller:
+    """Whom the gateway vouches for."""
+    found = CALLER.get()
+    if found is None:
+        raise ApiKeyInvalid
+    return found
+
+
+def own(name: str, shape: re.Pattern[str], field: str = "name") -> tuple[str, ...]:
+    """The segments of a resource name behind its project, which is the caller's own.
+
+    Args:
+        name: as it came.
+        shape: `projects/(…)/…` with a group for each segment; the project's first.
+        field: where in the request it stands.
+
+    Raises:
+        FieldInvalid: it has another form.
+        ResourceNotFound: it is of another project.
+    """
+    match = shape.fullmatch(name)
+    if match is None:
+        # A segment of another form (`versions/007`, an id that is no UUID) names nothing we ever made.
+        loose = re.compile(rf"projects/{SEGMENT}(/[A-Za-z]+/{SEGMENT})*")
+        raise ResourceNotFound(field) if loose.fullmatch(name) else FieldInvalid(field, "resource_name")
+    project, *rest = match.groups()
+    if project != caller().project:
+        raise ResourceNotFound(field)
+    return tuple(rest)
+
+
+def paths(message: Message, mask: Any, mutable: Sequence[str], field: str = "update_mask") -> list[str]:
+    """Which fields an update changes: those named, all mutable ones for `*`, the populated ones without a mask.
+
+    Raises:
+        FieldInvalid: an unknown or immutable path.
+    """
+    if not mask.paths:
+        populated = {descriptor.name for descriptor, _ in message.ListFields()}
+        return [name for name in mutable if name in populated]
+    if list(mask.paths) == ["*"]:
+        return list(mutable)
+    for path in mask.paths:
+        if path not in mutable:
+            raise FieldInvalid(field, "path")
+    return [name for name in mutable if name in mask.paths]
+
+
+def timestamp(value: datetime | None) -> Timestamp | None:
+    """As protobuf has it."""
+    if value is None:
+        return None
+    stamp = Timestamp()
+    stamp.FromDatetime(value.astimezone(UTC))
+    return stamp
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One page being asked for."""
+
+    scope: tuple[str, ...]  # describes the list whole: method, parent, filter, order, and the caller's project
+    after: list[str] | None
+    size: int
+
+    @property
+    def limit(self) -> int:
+        """One row more than the page holds says whether there is a next one."""
+        return self.size + 1
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What every servicer works with."""
+
+    store: FineTuneStore
+    tokens: PageTokens
+
+    def listing(self, page_size: int, page_token: str, *scope: str) -> Listing:
+        """Read the paging fields.
+
+        Raises:
+            PageTokenInvalid: the token is of another list, another project, or altered.
+        """
+        whole = (*scope, caller().project_uid)
+        return Listing(whole, self.tokens.open(page_token, *whole), page_size or PAGE)
+
+    def page(
+        self,
+        listing: Listing,
+        rows: Sequence[Mapping[Any, Any]],
+        show: Callable[[Mapping[Any, Any]], M],
+        after: Callable[[Mapping[Any, Any]], list[str]],
+    ) -> tuple[list[M], str]:
+        """The messages of this page and the token of the next; 3 MiB end a page, too."""
+        shown: list[M] = []
+        size = 0
+        for row in rows[: listing.size]:
+            message = show(row)
+            size += message.ByteSize() + 8  # its tag and length
+            if shown and size > PAGE_BYTES:
+                break
+            shown.append(message)
+        more = len(shown) < len(rows)
+        return shown, self.tokens.seal(*listing.scope, after=after(rows[len(shown) - 1])) if more else ""
+
+    async def change(
+        self,
+        method: str,
+        request: Any,
+        reply: type[M],
+        work: Callable[[AsyncConnection], Awaitable[M]],
+        *,
+        resource: Callable[[M], str] = lambda message: str(getattr(message, "name", "")),
+    ) -> M:
+        """Run `work` in one transaction with its replay row and its audit row.
+
+        Args:
+            method: the RPC's name, part of the replay's key.
+            request: has a `request_id`; the same id and body within 24 h get the kept reply.
+            reply: the reply's class.
+            work: makes the change and returns the reply.
+            resource: what the audit says was changed.
+
+        Raises:
+            IdempotencyKeyReused, RequestInFlight: the id came with another body, or is at work.
+            ResourceExists: a unique key of the schema says so.
+        """
+        who = caller()
+        digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+        request_id = request.request_id.lower()
+        try:
+            async with self.store.transaction() as connection:
+                if request_id:
+                    if not await replays.claim_request(connection, who.project_uid, method, request_id):
+                        raise RequestInFlight
+                    kept = await replays.replay(connection, who.project_uid, method, request_id)
+                    if kept is not None:
+                        if kept["body_digest"] != digest:
+                            raise IdempotencyKeyReused
+                        return reply.FromString(kept["reply"])
+                message = await work(connection)
+                if request_id:
+                    await replays.keep_reply(connection, who.project_uid, method, request_id, digest, message.SerializeToString())
+                await replays.audit(connection, who.project_uid, who.key_id, method, resource(message), request_id)
+                return message
+        except sqlalchemy.exc.IntegrityError as error:
+            raise ResourceExists from error
