@@ -49,6 +49,13 @@ class Catalog:
         permitted = frozenset(allowed)
         return [served for name, served in sorted(self._by_name().items()) if not permitted or name in permitted]
 
+    def base(self, name: str, digest: str = "") -> Served | None:
+        """The base of this name, with these weights if `digest` says which; None: nobody serves it."""
+        found = self._by_name().get(name)
+        if found is None or not digest or found.digest == digest:
+            return found
+        return next((served for served in self._replicas.values() if served.digest == digest), None)
+
     def replicas(self, digest: str) -> frozenset[str]:
         """Names of the replicas that serve these weights."""
         return frozenset(name for name, served in self._replicas.items() if served.digest == digest)

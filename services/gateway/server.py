@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from google.protobuf.descriptor import ServiceDescriptor
 
 from argosy.admin.v1 import api_key_pb2, project_pb2, quota_pb2, usage_pb2
-from argosy.v1 import embedding_pb2, explanation_pb2, generation_pb2, language_pb2, model_pb2
+from argosy.v1 import embedding_pb2, explanation_pb2, generation_pb2, language_pb2
 from services.chassis.errors import ServiceError
 from services.chassis.identity import Caller, CallerSigner
 from services.chassis.interceptors import Authenticate, Incoming, Policy
@@ -24,6 +24,8 @@ from services.chassis.server import Serving, public, serve
 from services.chassis.telemetry import Telemetry
 from services.gateway.access import MAX_STREAM_SECONDS
 from services.gateway.authentication import authenticating, deadline_cap_s, permit
+from services.gateway.finetune import FineTune
+from services.gateway.finetune import credentials as finetune_credentials
 from services.gateway.gauges import Spooling, measure
 from services.gateway.keys import PEPPER_BYTES
 from services.gateway.ledger import Ledger, Tariff
@@ -31,6 +33,7 @@ from services.gateway.replicas import Replicas
 from services.gateway.servicers.api_key import ApiKeyServicer
 from services.gateway.servicers.embedding import EmbeddingServicer
 from services.gateway.servicers.explanation import ExplanationServicer
+from services.gateway.servicers.forwarded import SERVICES, Forwarding
 from services.gateway.servicers.generation import GenerationServicer
 from services.gateway.servicers.language import LanguageServicer
 from services.gateway.servicers.model import ModelServicer
@@ -115,18 +118,21 @@ async def running(
         telemetry=telemetry,
         changed=changed,
     )
+    finetune = FineTune(settings.finetune_address, signer=signer, credentials=finetune_credentials(settings), telemetry=telemetry)
+    forwarding = Forwarding(finetune, revocations)
+    own: dict[str, object] = {"ModelService": ModelServicer(replicas, pages or page_tokens(settings), forwarding)}
     relay = Relay(replicas, ledger, settings.placing, revocations=revocations, telemetry=telemetry)
     services: list[Service] = [
         (generation_pb2.DESCRIPTOR.services_by_name["GenerationService"], GenerationServicer(relay)),
         (language_pb2.DESCRIPTOR.services_by_name["LanguageService"], LanguageServicer(relay)),
         (embedding_pb2.DESCRIPTOR.services_by_name["EmbeddingService"], EmbeddingServicer(relay)),
         (explanation_pb2.DESCRIPTOR.services_by_name["ExplanationService"], ExplanationServicer(relay)),
-        (model_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelServicer(replicas, pages or page_tokens(settings))),
         *administration,
     ]
 
     def register(server: Any) -> None:
         server.add_generic_rpc_handlers(tuple(handlers(descriptor, servicer) for descriptor, servicer in services))
+        server.add_generic_rpc_handlers(tuple(forwarding.handlers(service, own.get(service.name)) for service in SERVICES))
 
     async def known(incoming: Incoming, context: Any) -> Caller:
         try:
@@ -140,7 +146,7 @@ async def running(
         async with serve(
             settings.listener,
             register,
-            [descriptor.full_name for descriptor, _ in services],
+            [descriptor.full_name for descriptor in (*(descriptor for descriptor, _ in services), *SERVICES)],
             policy=policy,
             options=public(MAX_STREAM_SECONDS),
             telemetry=telemetry,
@@ -155,6 +161,7 @@ async def running(
                 measuring.cancel()
                 await asyncio.wait((measuring,))
         await relay.settled()
+    await finetune.close()
 
 
 @asynccontextmanager

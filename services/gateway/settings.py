@@ -33,6 +33,10 @@ class GatewaySettings:
     inference_ca: Path | None = None  # PEM; without it replicas must be on this machine
     inference_certificate: Path | None = None  # PEM, what we show to replicas
     inference_private_key: Path | None = None
+    finetune_address: str = ""  # host:port of the fine-tuning service; empty: fine-tuning is off
+    finetune_ca: Path | None = None  # PEM; without it the service must be on this machine
+    finetune_certificate: Path | None = None  # PEM, what we show to it
+    finetune_private_key: Path | None = None
     caller_signing_key: Path | None = None  # PEM, Ed25519; signs the caller for the replicas
     caller_signing_kid: str = "gateway"
     key_pepper: str = field(default="", repr=False)  # 64 hex digits, secret: without it no stored key can be checked

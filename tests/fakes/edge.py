@@ -78,6 +78,7 @@ async def edge(
     revocations: Any = None,
     signals: bool = False,
     telemetry: Any = None,
+    finetune: str = "",
     **placing: Any,
 ) -> AsyncIterator[Edge]:
     """A running gateway; entered once `reachable` replicas (default: one for each engine) have reported."""
@@ -94,6 +95,7 @@ async def edge(
         listener=listener or Listener(),
         inference_addresses=(*(engine.address for engine in engines), *addresses),
         placing=Placing(**placing),
+        finetune_address=finetune,
     )
     async with running(
         settings,
