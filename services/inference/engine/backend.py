@@ -1,5 +1,6 @@
 """A forward pass over paged KV: the seam between `runner.py` and the ways to compute a model (tensors)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,33 @@ class Batch:
     tables: torch.Tensor  # int32 [B, M]
     slots: torch.Tensor  # int64 [T]
     select: torch.Tensor  # int64 [S]: rows whose hidden state is wanted, in order
+    adapters: torch.Tensor | None = None  # int32 [T]: slot of each token's adapter, 0: the base alone; None: all of them
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What an adapter adds to one linear layer: gain * (W x + up (down x)). Float32; the scaling is in `up`."""
+
+    down: torch.Tensor  # [rank, inputs]
+    up: torch.Tensor  # [outputs, rank]
+    gain: torch.Tensor | None = None  # [outputs], of a DoRA
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Labels from a pooled state."""
+
+    weight: torch.Tensor  # float32 [labels, width]
+    bias: torch.Tensor  # float32 [labels]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """An adapter's tensors, checked."""
+
+    rank: int  # the largest of its layers
+    factors: Mapping[str, Factors]  # by the linear layer's path in the causal model
+    head: Head | None = None
 
 
 class Backend(Protocol):
@@ -32,6 +60,8 @@ class Backend(Protocol):
     width: int  # of a hidden state
     blocks: int
     device: torch.device
+    slots: int  # adapters in one step
+    targets: Mapping[str, tuple[int, int]]  # (outputs, inputs) of each linear layer that an adapter may change, by its path
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Write the KV of every token and return the final, normalised hidden states [S, width] of the selected rows."""
@@ -46,4 +76,16 @@ class Backend(Protocol):
 
         None where the backend has no faster way than `logits`.
         """
+        ...
+
+    def base(self, path: str) -> torch.Tensor:
+        """The weight [outputs, inputs] of one of `targets`, float32. May read a file; called off the loop's thread."""
+        ...
+
+    def prepare(self, weights: Weights) -> object:
+        """Everything about an adapter that can be made ready beside the steps; called off the loop's thread."""
+        ...
+
+    def install(self, slot: int, prepared: object | None) -> None:
+        """Use what `prepare` made for the tokens of a slot, from the next step on; None: let go of it."""
         ...

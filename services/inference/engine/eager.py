@@ -16,7 +16,7 @@ import bisect
 import importlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from services.inference.engine.backend import Batch
+from services.inference.engine.backend import Batch, Weights
 from services.inference.engine.kernels import Unsupported
+from services.inference.engine.lora import Lora
 from services.inference.engine.step import BLOCK_SIZE, DeviceLost
 from services.pretrained.weights import ModelRefused
 
@@ -288,7 +289,7 @@ class EagerBackend:
 
     name = "eager"
 
-    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, kv_tokens: int | None) -> None:
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, kv_tokens: int | None, slots: int = 0) -> None:
         """Take a loaded causal model. `kv_tokens` None: from free memory on CUDA, CPU_TOKENS on a CPU."""
         config = model.config
         self.device = device
@@ -297,6 +298,11 @@ class EagerBackend:
         self.width = int(config.hidden_size)
         self.trunk = model.base_model
         self.head = model
+        self.slots = slots
+        prefix = model.base_model_prefix
+        linears = [(f"{prefix}.{name}", each) for name, each in self.trunk.named_modules() if isinstance(each, torch.nn.Linear)]
+        self.lora = Lora(dict(linears), slots)
+        self.targets: Mapping[str, tuple[int, int]] = self.lora.targets
         setattr(model, model.base_model_prefix, _Given())
         self.pools: dict[int, Pool] = {}
         self.blocks = 1
@@ -312,13 +318,14 @@ class EagerBackend:
     @classmethod
     def load(cls, directory: Path, settings: "EngineSettings", device: torch.device, dtype: torch.dtype) -> "EagerBackend":
         """Load safetensors. Raises Unsupported for a model whose state is more than causal keys and values."""
-        return cls(_load(directory, device, dtype), device, dtype, settings.kv_tokens or None)
+        return cls(_load(directory, device, dtype), device, dtype, settings.kv_tokens or None, settings.adapter_slots)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """See `backend.Backend`."""
         with torch.inference_mode(), _device_errors(self.device):
             count = batch.tokens.shape[0]
-            if self.graphs and count == batch.lengths.shape[0]:
+            # A captured step knows no adapter: which tokens are whose is decided on the host.
+            if self.graphs and batch.adapters is None and count == batch.lengths.shape[0]:
                 sizes = sorted(self.graphs)
                 at = bisect.bisect_left(sizes, count)
                 if at < len(sizes):
@@ -326,7 +333,8 @@ class EagerBackend:
             longest = None
             if self.varlen:
                 longest = int((batch.rows[1:] - batch.rows[:-1]).max()), int(batch.lengths.max())
-            return self._trunk_states(batch, longest).index_select(0, batch.select)
+            with self.lora.adapting(batch.adapters):
+                return self._trunk_states(batch, longest).index_select(0, batch.select)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `backend.Backend`."""
@@ -337,6 +345,19 @@ class EagerBackend:
     def candidates(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """None: this backend has no faster way than the whole output matrix."""
         return None
+
+    def base(self, path: str) -> torch.Tensor:
+        """See `backend.Backend`."""
+        return self.lora.base(path)
+
+    def prepare(self, weights: Weights) -> object:
+        """See `backend.Backend`."""
+        return self.lora.prepare(weights, pin=self.device.type == "cuda")
+
+    def install(self, slot: int, prepared: object | None) -> None:
+        """See `backend.Backend`."""
+        with torch.inference_mode(), _device_errors(self.device):
+            self.lora.install(slot, prepared)
 
     def capture(self, largest: int) -> None:
         """Capture decode steps for the batch buckets up to `largest`. Needs varlen_attn: gathering reads lengths on the host."""

@@ -20,10 +20,10 @@ class Pools:
         self._sums[key] = count + hidden.shape[0], own if total is None else total + own
         return True
 
-    def take(self, key: int) -> bytes:
-        """The mean, little-endian float32; the sum stays until `forget`, so a repeated step answers the same."""
+    def take(self, key: int) -> torch.Tensor:
+        """The mean, float32 [width]; the sum stays until `forget`, so a repeated step answers the same."""
         count, total = self._sums[key]
-        return (total / count).cpu().numpy().astype("<f4").tobytes()
+        return total / count
 
     def forget(self, key: int) -> None:
         """Drop the key's sum. Unknown keys are ignored."""

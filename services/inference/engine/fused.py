@@ -9,7 +9,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from services.inference.engine import kernels
-from services.inference.engine.backend import Batch
+from services.inference.engine.backend import Batch, Factors, Weights
 from services.inference.engine.kernels import Unsupported, layout
 from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import BLOCK_SIZE
@@ -174,15 +174,17 @@ def frequencies(parameters: dict[str, Any], head_dim: int) -> torch.Tensor:
     return inverse
 
 
+CHUNK = 256 << 20  # bytes of one mapping
+
+
 class Arena:
     """Zeroed memory on huge pages where the system has them: weights that stream by then need few address look-ups.
 
-    A page is committed when it is first written, so an unused KV pool costs nothing.
+    A page is committed when it is first written, so an unused KV pool costs nothing. `size` is what one mapping hands out, in bytes.
     """
 
-    CHUNK = 256 << 20  # bytes; what is handed out of one mapping
-
-    def __init__(self) -> None:
+    def __init__(self, size: int = CHUNK) -> None:
+        self.size = size
         self.chunk: mmap.mmap | None = None
         self.used = 0
 
@@ -191,7 +193,7 @@ class Arena:
         size = max(64, -(-count * dtype.itemsize // 64) * 64)
         if self.chunk is None or self.used + size > len(self.chunk):
             # Private: huge pages of shared memory are a separate setting, off by default.
-            self.chunk = mmap.mmap(-1, max(self.CHUNK, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.chunk = mmap.mmap(-1, max(self.size, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 self.chunk.madvise(mmap.MADV_HUGEPAGE)
             self.used = 0
@@ -199,13 +201,31 @@ class Arena:
         return torch.frombuffer(self.chunk, dtype=dtype, count=count, offset=self.used - size)
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An adapter in the kernels' layout."""
+
+    rank: int  # padded to 16
+    layers: "ctypes.Array[layout.LowRank]"  # for each layer, those of layout.ADAPTED
+    kept: list[torch.Tensor]  # what `layers` points to
+
+
 class FusedBackend:
-    """See `backend.Backend`. One caller at a time."""
+    """See `backend.Backend`. One caller at a time, but for `base` and `prepare`."""
 
     name = "fused"
 
     def __init__(
-        self, plan: Plan, library: ctypes.CDLL, read: Read, dtype: torch.dtype, threads: int, kv_tokens: int, int8: bool = False
+        self,
+        plan: Plan,
+        library: ctypes.CDLL,
+        read: Read,
+        dtype: torch.dtype,
+        threads: int,
+        kv_tokens: int,
+        int8: bool = False,
+        slots: int = 0,
+        directory: Path | None = None,
     ) -> None:
         self.plan = plan
         self.int8 = int8  # of the layers; the output matrix stays exact
@@ -217,6 +237,11 @@ class FusedBackend:
         self.width = plan.hidden
         self.blocks = max(1, kv_tokens // BLOCK_SIZE)
         self.threads = threads
+        self.slots = slots
+        self.targets: Mapping[str, tuple[int, int]] = dict(_targets(plan))
+        self.directory = directory  # of the weights
+        self.adapters = (layout.Adapter * (slots + 1))()
+        self.installed: dict[int, Prepared] = {}
         self.engine = library.argosy_open(threads)
         if not self.engine:
             raise MemoryError("no room for the engine's threads")
@@ -244,7 +269,8 @@ class FusedBackend:
         torch.set_num_threads(1)
         with ExitStack() as stack:
             read = _reader(directory, stack)
-            return cls(description, library, read, dtype, threads, settings.kv_tokens or KV_TOKENS, settings.int8)
+            kv_tokens = settings.kv_tokens or KV_TOKENS
+            return cls(description, library, read, dtype, threads, kv_tokens, settings.int8, settings.adapter_slots, directory)
 
     def __del__(self) -> None:
         if getattr(self, "engine", None):
@@ -265,6 +291,9 @@ class FusedBackend:
             out=out.data_ptr(),
             **{name: getattr(batch, name).data_ptr() for name in ("tokens", "slots", "select", "positions", "rows", "lengths", "tables")},
         )
+        if batch.adapters is not None:
+            step.adapters, step.adapter, step.adapter_slots = batch.adapters.data_ptr(), self.adapters, self.slots
+            step.adapter_rank = max(each.rank for each in self.installed.values())
         for i, (cosine, sine) in enumerate(zip(self.cosines, self.sines, strict=True)):
             step.cosines[i], step.sines[i] = cosine.data_ptr(), sine.data_ptr()
         if self.library.argosy_step(self.engine, self.model, step):
@@ -291,6 +320,69 @@ class FusedBackend:
         if self.library.argosy_candidates(self.engine, self.model, screen, narrow.data_ptr(), rows, count, cap, *pointers):
             raise MemoryError(f"no room to screen {rows} rows")
         return best, ids
+
+    def base(self, path: str) -> torch.Tensor:
+        """See `backend.Backend`: from the files, since the kernels' layout is no matrix."""
+        assert self.directory is not None  # `load` gave it
+        with ExitStack() as stack:
+            return _reader(self.directory, stack)(f"{path}.weight").to(torch.float32, copy=True)
+
+    def prepare(self, weights: Weights) -> Prepared:
+        """See `backend.Backend`. Ranks are padded to 16, and the parts of a packed matrix lie as the kernels read them."""
+        p, rank = self.plan, -(-weights.rank // 16) * 16
+        heads, kept, arena = p.heads * p.head_dim, list[torch.Tensor](), Arena(self._adapter_bytes(rank))
+        layers = (layout.LowRank * (p.layers * len(layout.ADAPTED)))()
+
+        def keep(tensor: torch.Tensor) -> int:
+            room = arena.zeros(tensor.numel(), tensor.dtype)
+            room.copy_(tensor.reshape(-1))
+            kept.append(room)
+            return room.data_ptr()
+
+        for i in range(p.layers):
+            at = f"model.layers.{i}."
+            inner = -(-p.inner // 32) * 32
+            shapes = {
+                "qkv": ([f"{at}self_attn.{name}_proj" for name in "qkv"], p.hidden),
+                "o": ([f"{at}self_attn.o_proj"], heads),
+                "gate_up": ([f"{at}mlp.gate_proj", f"{at}mlp.up_proj"], p.hidden),
+                "down": ([f"{at}mlp.down_proj"], inner),
+            }
+            for place, (name, (paths, inputs)) in enumerate(shapes.items()):
+                found = [weights.factors.get(path) for path in paths]
+                if any(found):
+                    sizes = [self.targets[path][0] for path in paths]
+                    down = torch.cat([_padded(each.down if each else None, rank, inputs) for each in found])
+                    ups = [_padded(each.up if each else None, size, rank) for each, size in zip(found, sizes, strict=True)]
+                    up = _interleaved(ups) if name == "gate_up" else torch.cat(ups)
+                    low = layers[i * len(layout.ADAPTED) + place]
+                    low.down = keep(self._panels(down, 16))
+                    low.up = keep(self._panels(up, GROUP))
+                    if any(each is not None and each.gain is not None for each in found):
+                        gains = [_gain(each, size) for each, size in zip(found, sizes, strict=True)]
+                        gain = _interleaved(gains) if name == "gate_up" else torch.cat(gains)
+                        low.gain = keep(_padded(gain, -(-gain.shape[0] // GROUP) * GROUP, 1))
+        return Prepared(rank, layers, kept)
+
+    def install(self, slot: int, prepared: object | None) -> None:
+        """See `backend.Backend`. Nothing is copied: a slot is a pointer."""
+        if prepared is None:
+            self.installed.pop(slot, None)
+            self.adapters[slot] = layout.Adapter()
+            return
+        assert isinstance(prepared, Prepared)  # what `prepare` made
+        self.adapters[slot] = layout.Adapter(prepared.rank, ctypes.cast(prepared.layers, ctypes.POINTER(layout.LowRank)))
+        self.installed[slot] = prepared
+
+    def _adapter_bytes(self, rank: int) -> int:
+        """Upper bound of what an adapter of this rank takes."""
+        values = sum((inputs + outputs + 2 * GROUP) * rank + 2 * (outputs + GROUP) for outputs, inputs in self.targets.values())
+        return values * self.dtype.itemsize + 64 * 3 * len(self.targets)
+
+    def _panels(self, rows: torch.Tensor, lanes: int) -> torch.Tensor:
+        """[rows, inputs] as int32 words [rows / lanes, words, lanes], rows padded with zeros."""
+        narrow = _padded(rows, -(-rows.shape[0] // lanes) * lanes, rows.shape[1]).to(self.dtype).contiguous()
+        return narrow.view(torch.int32).view(-1, lanes, narrow.shape[1] // self.pair).transpose(1, 2).contiguous()
 
     def _keep(self, tensor: torch.Tensor) -> int:
         self.kept.append(tensor)
@@ -415,6 +507,37 @@ class FusedBackend:
         at = torch.arange(size, dtype=torch.float32)[:, None]
         angles = [at * frequencies(each, self.plan.head_dim) for each in self.plan.rope_parameters]
         self.cosines, self.sines = [each.cos() for each in angles], [each.sin() for each in angles]
+
+
+def _targets(plan: Plan) -> Iterator[tuple[str, tuple[int, int]]]:
+    heads, kv_heads = plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim
+    for i in range(plan.layers):
+        yield f"model.layers.{i}.self_attn.q_proj", (heads, plan.hidden)
+        yield f"model.layers.{i}.self_attn.k_proj", (kv_heads, plan.hidden)
+        yield f"model.layers.{i}.self_attn.v_proj", (kv_heads, plan.hidden)
+        yield f"model.layers.{i}.self_attn.o_proj", (plan.hidden, heads)
+        yield f"model.layers.{i}.mlp.gate_proj", (plan.inner, plan.hidden)
+        yield f"model.layers.{i}.mlp.up_proj", (plan.inner, plan.hidden)
+        yield f"model.layers.{i}.mlp.down_proj", (plan.hidden, plan.inner)
+
+
+def _padded(tensor: torch.Tensor | None, rows: int, columns: int) -> torch.Tensor:
+    """Float32 [rows, columns], zeros around what is given; a vector is one column."""
+    out = torch.zeros((rows, columns))
+    if tensor is not None:
+        given = tensor.float().reshape(tensor.shape[0], -1)
+        out[: given.shape[0], : given.shape[1]] = given
+    return out
+
+
+def _gain(factors: Factors | None, outputs: int) -> torch.Tensor:
+    return torch.ones((outputs, 1)) if factors is None or factors.gain is None else factors.gain.float()[:, None]
+
+
+def _interleaved(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Gates and ups as the packed matrix has them: 32 of one, 32 of the other, and so on; each padded to 32."""
+    padded = [_padded(part, -(-part.shape[0] // 32) * 32, part.shape[1]).view(-1, 32, part.shape[1]) for part in parts]
+    return torch.cat(padded, 1).reshape(-1, parts[0].shape[1])
 
 
 def _reader(directory: Path, stack: ExitStack) -> Read:

@@ -1,26 +1,47 @@
 """One step as tensors: rows in, choices out (tensors). Implements `step.Runner` over any `backend.Backend`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from services.inference.engine.backend import Backend, Batch
+from services.inference.engine.backend import Backend, Batch, Head, Weights
 from services.inference.engine.calls import Sampling
 from services.inference.engine.encoder import Pools
 from services.inference.engine.sampler import choose, choose_among, largest, needs
-from services.inference.engine.step import BLOCK_SIZE, Draw, Probe, Row, RowResult
+from services.inference.engine.step import BLOCK_SIZE, Adapter, AdapterProblem, Draw, Probe, Row, RowResult
 
 SLICE = 64  # rows of logits held at once when probing: 64 MiB of float32 at 262,144 ids
+
+
+class Source(Protocol):
+    """Where adapters come from."""
+
+    def read(self, owner: str, digest: str, backend: Backend) -> tuple[Adapter, Weights]:
+        """One that passed every check; its `Adapter` has no weights yet. Raises AdapterProblem."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What `fetch` makes and `install` takes."""
+
+    prepared: object  # the backend's own
+    head: Head | None
 
 
 class TorchRunner:
     """Packs rows without padding, asks logits only for the rows that need them, and keeps one bad row from the others."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, source: Source | None = None) -> None:
         self.backend = backend
+        self.source = source
+        self.slots = backend.slots if source is not None else 0
+        self.heads: dict[int, Head] = {}  # by slot
         self.vocabulary = backend.vocabulary
         self.context = min(backend.context, backend.blocks * BLOCK_SIZE)
         self.blocks = backend.blocks
@@ -47,6 +68,22 @@ class TorchRunner:
     def forget(self, key: int) -> None:
         """See `step.Runner`."""
         self.pools.forget(key)
+
+    def fetch(self, owner: str, digest: str) -> Adapter:
+        """See `step.Runner`."""
+        if self.source is None:
+            raise AdapterProblem("no_adapters", "there is no store")
+        adapter, weights = self.source.read(owner, digest, self.backend)
+        return replace(adapter, weights=Loaded(self.backend.prepare(weights), weights.head))
+
+    def install(self, slot: int, adapter: Adapter | None) -> None:
+        """See `step.Runner`."""
+        self.heads.pop(slot, None)
+        loaded = None if adapter is None else adapter.weights
+        assert loaded is None or isinstance(loaded, Loaded)  # what `fetch` made
+        self.backend.install(slot, None if loaded is None else loaded.prepared)
+        if loaded is not None and loaded.head is not None:
+            self.heads[slot] = loaded.head
 
     def warm_up(self, step_tokens: int) -> None:
         """Compute the shapes that will be used: a whole chunk, then one token. Leaves nothing behind that a table points to."""
@@ -89,13 +126,23 @@ class TorchRunner:
 
     def _pool(self, hidden: torch.Tensor, rows: Sequence[Row], results: list[RowResult], spans: list[tuple[int, int]]) -> None:
         """Last, when nothing of the step can fail any more: a repeated step must not add its states twice."""
-        for row, result, (first, _) in zip(rows, results, spans, strict=True):
-            if not row.pool or result.error is not None:
+        for row, result, (first, end) in zip(rows, results, spans, strict=True):
+            if result.error is not None:
+                continue
+            if not row.pool:
+                if row.head:
+                    result.vector = self._label(row, hidden[end - 1])
                 continue
             if not self.pools.add(row.key, row.start, hidden[first : first + len(row.tokens)]):
                 result.error = "gap"
             elif row.pool_ends:
-                result.vector = self.pools.take(row.key)
+                mean = self.pools.take(row.key)
+                result.vector = self._label(row, mean) if row.head else mean.cpu().numpy().astype("<f4").tobytes()
+
+    def _label(self, row: Row, state: torch.Tensor) -> bytes:
+        """The logits of a row's head for one pooled state. One row at a time: company changes no bit."""
+        head = self.heads[row.adapter]
+        return torch.addmv(head.bias, head.weight, state.float().cpu()).numpy().astype("<f4").tobytes()
 
 
 def _tell(probe: Probe, members: Sequence[int], logits: torch.Tensor, norms: torch.Tensor, result: RowResult) -> None:
@@ -158,6 +205,9 @@ def pack(rows: Sequence[Row], device: torch.device) -> tuple[Batch, list[tuple[i
         slots=_send(slots, device),
         select=_send(np.array(select, dtype=np.int64), device),
     )
+    if any(row.adapter for row in rows):
+        adapters = np.array([row.adapter for row in rows], dtype=np.int32)
+        batch.adapters = _send(np.repeat(adapters, counts), device)
     return batch, spans
 
 

@@ -24,6 +24,9 @@ class EngineSettings(msgspec.Struct, frozen=True):
     threads: int | None = None  # of the CPU; None: one a core
     cache_dir: str | None = None  # of prepared weights and compiled artefacts; None: the user's cache
     int8: bool = False  # layers on a CPU in int8: about 1.2 times as fast, 94 % of float32's greedy tokens for 99 % (ADR 3)
+    store_url: str | None = None  # where adapters lie; None: the base alone is served
+    manifest_public_keys: tuple[str, ...] = ()  # `kid=path` of an Ed25519 public key in PEM that signs adapters
+    adapter_slots: int = 16  # adapters that one step can mix; more than that take turns
     hang_s: float = 60.0  # without a sign of life while calls run, the child is ended and its calls are lost
 
     def step_tokens(self, device: str) -> int:

@@ -48,6 +48,8 @@ class Row:
     probe: Probe | None = None
     pool: bool = False  # add the last hidden states of these tokens to the key's running mean
     pool_ends: bool = False  # and return it
+    adapter: int = 0  # slot of the adapter that computes it; 0: the base alone
+    head: bool = False  # return what the adapter's head says of the mean, or without `pool`, of the last token
 
 
 @dataclass(slots=True)
@@ -61,8 +63,31 @@ class RowResult:
     probe_logprobs: list[tuple[float, ...]] = field(default_factory=list)
     first_probe_logprobs: tuple[float, ...] = ()
     probe_top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    vector: bytes | None = None  # little-endian float32
+    vector: bytes | None = None  # a mean, or a head's logits; little-endian float32
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One that was fetched and passed every check: what is known of it, and what its runner computes with."""
+
+    weights: object  # the runner's own; opaque here
+    memory_bytes: int
+    rank: int
+    labels: tuple[str, ...] = ()  # empty: it has no head
+    temperature: float = 1.0
+    pooling: str = "LAST"  # or MEAN
+    max_tokens: int = 0
+    method: str = ""
+    template_hash: str = ""
+
+
+class AdapterProblem(Exception):
+    """An adapter cannot be had. `word` is one of `engine.ERRORS`; `why` is for our log and quotes nothing of the files."""
+
+    def __init__(self, word: str, why: str) -> None:
+        super().__init__(f"{word}: {why}")
+        self.word = word
 
 
 class DeviceLost(Exception):
@@ -75,6 +100,7 @@ class Runner(Protocol):
     vocabulary: int
     context: int  # tokens
     blocks: int  # in the pool; ids 0..blocks-1
+    slots: int  # adapters that one step can mix, in slots 1..slots; 0: none
 
     def step(self, rows: Sequence[Row]) -> list[RowResult]:
         """Compute the rows together. Raises MemoryError when the step was too large for the device."""
@@ -82,4 +108,12 @@ class Runner(Protocol):
 
     def forget(self, key: int) -> None:
         """Drop what is kept by key (a running mean). Unknown keys are ignored."""
+        ...
+
+    def fetch(self, owner: str, digest: str) -> Adapter:
+        """An adapter from the store, checked and made ready to install. Blocks; called off the loop's thread. Raises AdapterProblem."""
+        ...
+
+    def install(self, slot: int, adapter: Adapter | None) -> None:
+        """Compute the rows of `slot` with this adapter from the next step on; None: nothing asks for the slot any more."""
         ...

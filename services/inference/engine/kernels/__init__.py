@@ -18,7 +18,7 @@ from pathlib import Path
 
 from services.inference.engine.kernels.layout import declare
 
-SOURCES = ("kernels.c", "crew.h", "int8.h", "lanes.h", "model.h", "screen.h", "step.h")
+SOURCES = ("kernels.c", "adapt.h", "crew.h", "int8.h", "lanes.h", "model.h", "screen.h", "step.h")
 # No contraction: a fused multiply-add chosen by one compiler and not by another would change bits.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-shared", "-fPIC")
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})

@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-enum { TILE_ROWS = 6, MAX_HEAD = 512, SPAN_ROWS = 64, SHORTLIST = 32768, SCREEN_GROUPS = 8 };
+enum { TILE_ROWS = 6, THIN_ROWS = 4, STRETCH_ROWS = 32, MAX_HEAD = 512, SPAN_ROWS = 64, SHORTLIST = 32768, SCREEN_GROUPS = 8 };
 
 /* neighbouring queries of one sequence */
 typedef struct {
@@ -41,6 +41,7 @@ static INLINE long most_inputs(const Model *m) {
     return most > m->hidden ? most : m->hidden;
 }
 
+#include "adapt.h"
 #include "int8.h"
 
 #define WIDE 0
@@ -83,8 +84,10 @@ int64_t argosy_step(Engine *engine, const Model *m, const Step *s) {
     const long width = padded_to(GROUP, (m->heads + 2 * m->kv_heads) * d), padded = padded_to(GROUP, m->hidden);
     long per_span = 16 / group < 1 ? 1 : 16 / group;
     size_t span_bytes = (size_t)padded_to(64, T * (long)sizeof(Span));
+    const long low = s->adapters ? 3 * s->adapter_rank : 0; /* of a row */
     size_t bytes = (size_t)T * ((m->hidden + padded + width) * 4 + (m->hidden + 2 * m->heads * d + m->inner) * element) + span_bytes +
-                   (size_t)engine->crew->threads * SPAN_ROWS * d * 4 + (size_t)T + 16 * 64 + (m->int8 ? bytes_size(T, most_inputs(m)) : 0);
+                   (size_t)engine->crew->threads * SPAN_ROWS * d * 4 + (size_t)T + 16 * 64 + (m->int8 ? bytes_size(T, most_inputs(m)) : 0) +
+                   (s->adapters ? (size_t)T * (low * element + sizeof(Stretch) + 4) : 0);
     if (reserve(engine, bytes)) return -1;
     char *at = engine->room;
     Span *spans = take_room(&at, span_bytes);
@@ -97,8 +100,14 @@ int64_t argosy_step(Engine *engine, const Model *m, const Step *s) {
             spans[span_count++] = (Span){(int32_t)b, (int32_t)(to - t < per_span ? to - t : per_span), t, start + t - from};
         if (to > from) fresh[to - 1] = (s->lengths[b] - 1) / BLOCK * BLOCK >= start;
     }
-    if (m->wide) run_float(engine->crew, m, s, spans, span_count, fresh, at);
-    else run_bfloat(engine->crew, m, s, spans, span_count, fresh, at);
+    Adapting adapting = {.model = m, .step = s, .stride = low}, *adapted = s->adapters ? &adapting : NULL;
+    if (adapted) {
+        adapting.order = take_room(&at, (size_t)T * sizeof(int32_t));
+        adapting.stretches = take_room(&at, (size_t)T * sizeof(Stretch));
+        arrange(&adapting);
+    }
+    if (m->wide) run_float(engine->crew, m, s, spans, span_count, fresh, adapted, at);
+    else run_bfloat(engine->crew, m, s, spans, span_count, fresh, adapted, at);
     return 0;
 }
 

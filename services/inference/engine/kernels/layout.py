@@ -40,6 +40,21 @@ class Model(Structure):
     ]
 
 
+class LowRank(Structure):
+    """What an adapter adds to one packed matrix."""
+
+    _fields_ = [(name, c_void_p) for name in ("down", "up", "gain")]
+
+
+ADAPTED = ("qkv", "o", "gate_up", "down")  # packed matrices of a layer, in the order of model.h
+
+
+class Adapter(Structure):
+    """An adapter: `layer` is an array of layers, each of `ADAPTED`."""
+
+    _fields_ = [("rank", c_int64), ("layer", POINTER(LowRank))]
+
+
 class Step(Structure):
     """One `backend.Batch` as raw pointers."""
 
@@ -49,6 +64,10 @@ class Step(Structure):
         ("cosines", c_void_p * 2),
         ("sines", c_void_p * 2),
         ("out", c_void_p),
+        ("adapters", c_void_p),
+        ("adapter", POINTER(Adapter)),
+        ("adapter_slots", c_int64),
+        ("adapter_rank", c_int64),
     ]
 
 

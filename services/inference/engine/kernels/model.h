@@ -37,6 +37,22 @@ typedef struct {
     const Layer *layer;
 } Model;
 
+/* What an adapter adds to one packed matrix of a layer: its rows become gain * (W x + up (down x)). A packed matrix of several parts (q, k
+ * and v; gate and up) has a `down` for each; outputs of part i take rank elements from i * rank on. All ranks of an adapter are one, padded
+ * to 16 with zeros; the scaling is in `up`. */
+typedef struct {
+    const void *down;  /* [parts * rank / 16][inputs in words][16] words; NULL: nothing is added */
+    const void *up;    /* [outputs / 64][rank in words][64] words, outputs as in the packed matrix */
+    const float *gain; /* [outputs padded to 64] of a DoRA; NULL: 1 */
+} LowRank;
+
+enum { QKV, O, GATE_UP, DOWN, ADAPTED };
+
+typedef struct {
+    int64_t rank;
+    const LowRank (*layer)[ADAPTED];
+} Adapter;
+
 typedef struct {
     int64_t count, sequences, table_width, selected;
     const int64_t *tokens, *slots, *select;
@@ -44,6 +60,9 @@ typedef struct {
     const int32_t *rows, *lengths, *tables;
     const float *cosines[2], *sines[2]; /* [position][head_dim / 2] */
     float *out;                         /* [selected][hidden] */
+    const int32_t *adapters;            /* [count] slot of each token, 0: the base alone; NULL: all of them */
+    const Adapter *adapter;             /* [adapter_slots + 1], from slot 1 on */
+    int64_t adapter_slots, adapter_rank; /* the largest rank among the step's */
 } Step;
 
 /* int8 screening of the output matrix; see screen.h for the bound. */

@@ -109,6 +109,7 @@ typedef struct {
     long to_stride;
     Element *inner;
     long activation;
+    Adapting *adapting; /* NULL: the base alone */
 } NAME(Product);
 
 static INLINE void NAME(tile)(const int R, const uint32_t *w, const uint32_t *x, long words, float out[TILE_ROWS][GROUP]) {
@@ -128,6 +129,82 @@ static INLINE void NAME(tile)(const int R, const uint32_t *w, const uint32_t *x,
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int n = 0; n < 4; n++) _mm512_storeu_ps(out[r] + 16 * n, sum[r][n]);
 }
+
+/* One row's 64 outputs with what its adapter adds: after the base's own sum, in one order, so company changes no bit. */
+static INLINE void NAME(adapt)(const NAME(Product) *p, long row, long group, float out[GROUP]) {
+    const Adapting *a = p->adapting;
+    const int32_t slot = a->step->adapters[row];
+    if (!slot) return;
+    const Adapter *adapter = a->step->adapter + slot;
+    const LowRank *added = adapter->layer[a->layer] + a->which;
+    if (!added->down) return;
+    const long words = WORDS(adapter->rank);
+    const uint32_t *w = (const uint32_t *)added->up + (size_t)group * words * GROUP;
+    const uint32_t *low = (const uint32_t *)((const Element *)a->low + row * a->stride), *x[4];
+    __m512 sum[4];
+    UNROLL for (int n = 0; n < 4; n++) {
+        x[n] = low + part_of(a, group, n) * words;
+        sum[n] = _mm512_loadu_ps(out + 16 * n);
+    }
+    for (long k = 0; k < words; k++, w += GROUP)
+        UNROLL for (int n = 0; n < 4; n++) sum[n] = DOT(sum[n], _mm512_load_si512(w + 16 * n), _mm512_set1_epi32((int)x[n][k]));
+    UNROLL for (int n = 0; n < 4; n++) {
+        if (added->gain) sum[n] = _mm512_mul_ps(sum[n], _mm512_loadu_ps(added->gain + group * GROUP + 16 * n));
+        _mm512_storeu_ps(out + 16 * n, sum[n]);
+    }
+}
+
+/* R rows times N panels of 16, each sum split S ways so that few sums still keep the unit busy; N and S follow from the adapter alone */
+static INLINE void NAME(thin)(const int R, const int N, const int S, const uint32_t *w, const uint32_t *const *x, long words, Element *const *to) {
+    __m512 sum[THIN_ROWS][4];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < N * S; n++) sum[r][n] = _mm512_setzero_ps();
+    for (long k = 0; k < words; k += S)
+        UNROLL for (int n = 0; n < N; n++)
+            UNROLL for (int j = 0; j < S; j++) {
+                __m512i part = _mm512_load_si512(w + (n * words + k + j) * 16);
+                UNROLL for (int r = 0; r < R; r++) sum[r][n * S + j] = DOT(sum[r][n * S + j], part, _mm512_set1_epi32((int)x[r][k + j]));
+            }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < N; n++) {
+            __m512 *of = sum[r] + n * S;
+            NAME(put16)(to[r] + 16 * n, S == 4 ? _mm512_add_ps(_mm512_add_ps(of[0], of[1]), _mm512_add_ps(of[2], of[3])) : S == 2 ? _mm512_add_ps(of[0], of[1]) : of[0]);
+        }
+}
+
+#define THIN(R)     switch (N) {         case 1: NAME(thin)(R, 1, 4, w, x, words, to); break;         case 2: NAME(thin)(R, 2, 2, w, x, words, to); break;         case 3: NAME(thin)(R, 3, 1, w, x, words, to); break;         default: NAME(thin)(R, 4, 1, w, x, words, to);     }
+
+/* the low-rank side of a few rows of one adapter */
+static void NAME(lower)(void *with, long item, int worker) {
+    const NAME(Product) *p = with;
+    const Adapting *a = p->adapting;
+    const Stretch *stretch = a->stretches + item;
+    const Adapter *adapter = a->step->adapter + stretch->slot;
+    const LowRank *added = adapter->layer[a->layer] + a->which;
+    const long words = WORDS(p->inputs), panels = a->parts * adapter->rank / 16;
+    (void)worker;
+    if (!added->down) return;
+    for (long i = 0; i < stretch->count; i += THIN_ROWS) {
+        const int R = (int)(stretch->count - i < THIN_ROWS ? stretch->count - i : THIN_ROWS);
+        for (long panel = 0; panel < panels; panel += 4) {
+            const int N = (int)(panels - panel < 4 ? panels - panel : 4);
+            const uint32_t *w = (const uint32_t *)added->down + (size_t)panel * words * 16, *x[THIN_ROWS];
+            Element *to[THIN_ROWS];
+            for (int r = 0; r < R; r++) {
+                const long row = a->order[stretch->first + i + r];
+                x[r] = (const uint32_t *)(p->from + row * p->inputs);
+                to[r] = (Element *)a->low + row * a->stride + panel * 16;
+            }
+            switch (R) {
+                case 1: THIN(1) break;
+                case 2: THIN(2) break;
+                case 3: THIN(3) break;
+                default: THIN(4)
+            }
+        }
+    }
+}
+#undef THIN
 
 /* one row's 64 outputs to where they belong */
 static INLINE void NAME(deliver)(const NAME(Product) *p, long row, long group, const float out[GROUP]) {
@@ -166,6 +243,8 @@ static void NAME(multiply)(void *with, long group, int worker) {
             case 5: NAME(tile)(5, w, x, words, out); break;
             default: NAME(tile)(6, w, x, words, out);
         }
+        if (p->adapting)
+            for (int r = 0; r < R; r++) NAME(adapt)(p, row + r, group, out[r]);
         for (int r = 0; r < R; r++) NAME(deliver)(p, row + r, group, out[r]);
         row += R;
     }
@@ -195,6 +274,7 @@ static void NAME(multiply_bytes)(void *with, long group, int worker) {
                 const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(p->matrix->scale + group * GROUP + n), unit);
                 _mm512_storeu_ps(out + n, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums[r] + n)), scale));
             }
+            if (p->adapting) NAME(adapt)(p, row, group, out);
             NAME(deliver)(p, row, group, out);
         }
     }
@@ -204,7 +284,11 @@ static void NAME(multiply_bytes)(void *with, long group, int worker) {
 }
 
 /* `groups` times 64 outputs of every row */
-static void NAME(product)(Crew *crew, long groups, NAME(Product) p) {
+static void NAME(product)(Crew *crew, long groups, long which, NAME(Product) p) {
+    if (p.adapting) {
+        place_parts(p.adapting, which);
+        share(crew, p.adapting->count, NAME(lower), &p);
+    }
     if (p.matrix->scale) {
         p.bytes.inputs = p.inputs;
         share(crew, (p.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, NAME(shrink), &p);
@@ -459,7 +543,7 @@ static void NAME(attend)(void *with, long item, int worker) {
     }
 }
 
-static void NAME(run)(Crew *crew, const Model *m, const Step *s, const Span *spans, long span_count, const uint8_t *fresh, char *at) {
+static void NAME(run)(Crew *crew, const Model *m, const Step *s, const Span *spans, long span_count, const uint8_t *fresh, Adapting *adapting, char *at) {
     const long T = s->count, rows = T, d = m->head_dim, in_rows = (T + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
     NAME(Pass) p = {.model = m, .step = s, .spans = spans, .fresh = fresh};
     p.width = padded_to(GROUP, (m->heads + 2 * m->kv_heads) * d);
@@ -474,21 +558,23 @@ static void NAME(run)(Crew *crew, const Model *m, const Step *s, const Span *spa
     p.inner = take_room(&at, rows * m->inner * sizeof(Element));
     p.own = take_room(&at, crew->threads * p.own_size * sizeof(float));
     const Bytes bytes = m->int8 ? take_bytes(&at, T, most_inputs(m)) : (Bytes){0};
+    if (adapting) adapting->low = take_room(&at, (size_t)(rows * adapting->stride) * sizeof(Element));
     p.layer = m->layer;
     share(crew, in_rows, NAME(enter), &p);
     for (long l = 0; l < m->layers; l++) {
         const Layer *layer = p.layer = m->layer + l;
         p.next = l + 1 < m->layers ? layer + 1 : NULL;
-        NAME(product)(crew, p.width / GROUP, (NAME(Product)){.matrix = &layer->qkv, .from = p.in, .rows = T, .inputs = m->hidden, .bytes = bytes,
+        if (adapting) adapting->layer = l;
+        NAME(product)(crew, p.width / GROUP, QKV, (NAME(Product)){.matrix = &layer->qkv, .from = p.in, .rows = T, .inputs = m->hidden, .bytes = bytes, .adapting = adapting,
                                                              .bias = layer->qkv_bias, .to = p.qkv, .to_stride = p.width});
         share(crew, T, NAME(place), &p);
         share(crew, span_count * m->kv_heads, NAME(attend), &p);
-        NAME(product)(crew, p.padded / GROUP, (NAME(Product)){.matrix = &layer->o, .from = p.attended, .rows = T, .inputs = m->heads * d, .bytes = bytes,
+        NAME(product)(crew, p.padded / GROUP, O, (NAME(Product)){.matrix = &layer->o, .from = p.attended, .rows = T, .inputs = m->heads * d, .bytes = bytes, .adapting = adapting,
                                                               .bias = layer->o_bias, .to = p.y, .to_stride = p.padded});
         share(crew, in_rows, NAME(after_attention), &p);
-        NAME(product)(crew, m->inner / (GROUP / 2), (NAME(Product)){.matrix = &layer->gate_up, .from = p.in, .rows = T, .inputs = m->hidden, .bytes = bytes,
+        NAME(product)(crew, m->inner / (GROUP / 2), GATE_UP, (NAME(Product)){.matrix = &layer->gate_up, .from = p.in, .rows = T, .inputs = m->hidden, .bytes = bytes, .adapting = adapting,
                                                                     .inner = p.inner, .to_stride = m->inner, .activation = m->activation});
-        NAME(product)(crew, p.padded / GROUP, (NAME(Product)){.matrix = &layer->down, .from = p.inner, .rows = T, .inputs = m->inner, .bytes = bytes,
+        NAME(product)(crew, p.padded / GROUP, DOWN, (NAME(Product)){.matrix = &layer->down, .from = p.inner, .rows = T, .inputs = m->inner, .bytes = bytes, .adapting = adapting,
                                                               .to = p.y, .to_stride = p.padded});
         share(crew, in_rows, NAME(after_feed), &p);
     }
