@@ -1,0 +1,89 @@
+"""The trainer as a process: `python -m services.finetune.trainer`. SIGTERM commits a checkpoint at the next step's end and exits 143.
+
+Exit codes only choose the retry: 0 the control plane took the end of the run, 65 an input that can never work, 75 the run is another
+process's or the store is gone, 143 told to leave and saved, 2 an unusable environment, and anything else a crash.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.chassis import settings as environment
+from services.chassis.objects import ObjectsUnavailable, open_objects_sync
+from services.chassis.telemetry import TelemetrySettings, configure_logs
+
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """The variables of one attempt; everything else comes with the claim."""
+
+    training_address: str  # of the TrainingService, host:port
+    job: str  # its UUID
+    attempt: int = field(metadata={"minimum": 1})
+    token_file: Path  # of the attempt's token
+    store_url: str
+    base_directory: Path  # the base's weights, tokenizer and template
+    training_ca: Path | None = None  # PEM of who signed the service's certificate; None: plaintext, on this machine only
+    threads: int | None = field(default=None, metadata={"minimum": 1})  # of the CPU; None: those it may run on
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Every variable of the process."""
+
+    trainer: TrainerSettings
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed: logits of 100 MB come and go each step, and fresh pages cost as much as computing on them."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_MMAP_MAX, 0)
+            libc.mallopt(_TRIM_THRESHOLD, -1)
+
+
+def train(own: TrainerSettings, stop: threading.Event) -> int:
+    """One attempt; its exit code."""
+    import grpc
+    import torch
+
+    from services.finetune.trainer.attempt import LOST, Attempt
+    from services.finetune.trainer.wire import WireControl, token_from
+
+    keep_memory()
+    torch.set_num_threads(own.threads or len(os.sched_getaffinity(0)))
+    credentials = None if own.training_ca is None else grpc.ssl_channel_credentials(own.training_ca.read_bytes())
+    control = WireControl(own.training_address, own.job, own.attempt, token_from(own.token_file), credentials=credentials)
+    try:
+        objects = open_objects_sync(own.store_url)
+    except ObjectsUnavailable:
+        return LOST
+    try:
+        return Attempt(control, objects, own.base_directory, stop).run()
+    finally:
+        control.close()
+
+
+def main() -> int:
+    """Read the environment, train, exit."""
+    try:
+        read = environment.read(Environment, os.environ)
+    except environment.SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    configure_logs(read.telemetry.log_level)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    return train(read.trainer, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

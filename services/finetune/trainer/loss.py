@@ -1,0 +1,56 @@
+"""Cross-entropy at supervised positions alone: the output matrix meets no other position, and its logits are never kept."""
+
+from typing import Any
+
+import torch
+
+__all__ = ["supervised_loss"]
+
+_ROWS = 128  # logits held at once: 128 rows of 262,144 in float32 are 134 MB
+
+
+class _Loss(torch.autograd.Function):
+    """Gradients are made in the forward pass, while the logits of a piece are at hand; backward only scales them."""
+
+    @staticmethod
+    def forward(context: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+        grad_hidden = torch.empty_like(hidden) if context.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if context.needs_input_grad[1] else None
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for at in range(0, hidden.shape[0], _ROWS):
+            rows, wanted = hidden[at : at + _ROWS], targets[at : at + _ROWS, None]
+            logits = torch.nn.functional.linear(rows.to(weight.dtype), weight).float()
+            if softcap is not None:
+                logits = torch.tanh(logits.div_(softcap)).mul_(softcap)
+            capped = logits.div(softcap).square_() if softcap is not None else None
+            chosen = logits.gather(1, wanted)
+            top = logits.amax(1, keepdim=True)
+            logits.sub_(top).exp_()
+            mass = logits.sum(1, keepdim=True)
+            total += (mass.log() + top - chosen).sum(dtype=torch.float64)
+            if grad_hidden is None and grad_weight is None:
+                continue
+            logits.div_(mass)
+            logits.scatter_add_(1, wanted, torch.full_like(chosen, -1.0))
+            if capped is not None:
+                logits.mul_(1.0 - capped)
+            narrow = logits.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[at : at + _ROWS] = narrow @ weight
+            if grad_weight is not None:
+                grad_weight += (narrow.T @ rows.to(weight.dtype)).float()
+        context.grads = grad_hidden, grad_weight
+        return total.to(torch.float32)
+
+    @staticmethod
+    def backward(context: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        hidden, weight = context.grads
+        context.grads = None, None
+        return None if hidden is None else hidden.mul_(grad), None if weight is None else weight.mul_(grad), None, None
+
+
+def supervised_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
+    """Sum over rows of the negative log-likelihood, in nats: hidden [n, width], output matrix [vocabulary, width], targets [n]."""
+    loss: torch.Tensor = _Loss.apply(hidden, weight, targets, softcap)  # type: ignore[no-untyped-call]
+    return loss
