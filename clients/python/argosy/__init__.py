@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from argosy.client import Client, GenerationStream
     from argosy.errors import ArgosyError
     from argosy.requests import config
+    from argosy.specs import spec
 
-__all__ = ["ArgosyError", "AsyncClient", "AsyncGenerationStream", "Client", "GenerationStream", "Target", "config"]
+__all__ = ["ArgosyError", "AsyncClient", "AsyncGenerationStream", "Client", "GenerationStream", "Target", "config", "spec"]
 
 _HOMES = {
     "ArgosyError": "errors",
@@ -29,6 +30,7 @@ _HOMES = {
     "GenerationStream": "client",
     "Target": "channel",
     "config": "requests",
+    "spec": "specs",
 }
 
 

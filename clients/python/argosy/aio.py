@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from argosy import requests
+from argosy import aio_tuning, requests
 from argosy.admin.v1 import (
     api_key_pb2,
     api_key_pb2_grpc,
@@ -23,14 +23,22 @@ from argosy.admin.v1 import (
     usage_pb2,
     usage_pb2_grpc,
 )
+from argosy.aio_datasets import AsyncDatasets
+from argosy.aio_jobs import AsyncJobs
+from argosy.aio_registry import AsyncRegistry
 from argosy.channel import Target
 from argosy.errors import from_rpc
+from argosy.specs import Money
 from argosy.streams import Fold
 from argosy.v1 import (
     config_pb2,
     content_pb2,
+    dataset_pb2_grpc,
     embedding_pb2,
     embedding_pb2_grpc,
+    explanation_pb2,
+    explanation_pb2_grpc,
+    finetune_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
     language_pb2,
@@ -109,11 +117,18 @@ class AsyncClient:
         self.generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self.language = language_pb2_grpc.LanguageServiceStub(self._channel)
         self.embedding = embedding_pb2_grpc.EmbeddingServiceStub(self._channel)
+        self.explanation = explanation_pb2_grpc.ExplanationServiceStub(self._channel)
         self.model_service = model_pb2_grpc.ModelServiceStub(self._channel)
+        self.dataset_service = dataset_pb2_grpc.DatasetServiceStub(self._channel)
+        self.finetune_service = finetune_pb2_grpc.FineTuneServiceStub(self._channel)
         self.project_service = project_pb2_grpc.ProjectServiceStub(self._channel)
         self.api_key_service = api_key_pb2_grpc.ApiKeyServiceStub(self._channel)
         self.quota_service = quota_pb2_grpc.QuotaServiceStub(self._channel)
         self.usage_service = usage_pb2_grpc.UsageServiceStub(self._channel)
+        self.datasets = AsyncDatasets(self)
+        self.jobs = AsyncJobs(self)
+        self.registry = AsyncRegistry(self)
+        self._project = ""
 
     async def __aenter__(self) -> Self:
         return self
@@ -131,6 +146,33 @@ class AsyncClient:
             return await method(request, timeout=timeout_s or self.timeout_s, metadata=self._target.metadata)
         except grpc.RpcError as error:
             raise from_rpc(error) from None
+
+    async def stream(self, method: Any, request: Any, *, timeout_s: float | None = None) -> AsyncIterator[Any]:
+        """Any server-streaming method of a stub above, message by message. Leaving the loop cancels the call."""
+        call = method(request, timeout=timeout_s or STREAM_TIMEOUT_S, metadata=self._target.metadata)
+        try:
+            async for message in call:
+                yield message
+        except grpc.RpcError as error:
+            raise from_rpc(error) from None
+        finally:
+            call.cancel()  # after a normal end this does nothing
+
+    async def pages(self, method: Callable[..., Awaitable[Any]], request: Any, field: str) -> AsyncIterator[Any]:
+        """What a list method answers, page by page; `field` names the repeated one."""
+        while True:
+            page = await self.call(method, request)
+            for each in getattr(page, field):
+                yield each
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def project(self) -> str:
+        """The key's own project, `projects/{p}`; asked for once."""
+        if not self._project:
+            self._project = (await self.caller()).project
+        return self._project
 
     def _stream(self, method: Any, request: Any, timeout_s: float | None) -> AsyncGenerationStream:
         return AsyncGenerationStream(method(request, timeout=timeout_s or STREAM_TIMEOUT_S, metadata=self._target.metadata))
@@ -342,18 +384,78 @@ class AsyncClient:
         )
         return await self.call(self.embedding.EmbedTexts, request, timeout_s=timeout_s)
 
+    async def explain(
+        self,
+        text: str,
+        label: str | None = None,
+        *,
+        labels: Sequence[str] = (),
+        continuation: str | None = None,
+        cheap: bool = False,
+        unit: str = "word",
+        model: str | None = None,
+        timeout_s: float | None = None,
+    ) -> explanation_pb2.ExplainResponse:
+        """What in the text speaks for a label, the likeliest unless one is named, or with `continuation` for that text after it.
+
+        `unit` is word, token or sentence. `cheap` takes gradient times input instead of leaving units out one at a time.
+        """
+        request = requests.explain(text, label, labels=labels, continuation=continuation, cheap=cheap, unit=unit, model=model or self.model)
+        return await self.call(self.explanation.Explain, request, timeout_s=timeout_s)
+
+    # Tuning: the rest is in `datasets`, `jobs` and `registry`
+
+    async def tune(
+        self,
+        path: str | Path,
+        *,
+        base: str,
+        method: str,
+        model: str = "",
+        held_out: str | Path = "",
+        text_columns: Sequence[str] = (),
+        label_column: str = "",
+        delimiter: str = "",
+        header: bool | None = None,
+        skip_bad_rows: bool = False,
+        max_cost: Money | None = None,
+        deadline_s: float | None = None,
+        quote_only: bool = False,
+        sent: aio_tuning.Sent | None = None,
+        **choices: Any,
+    ) -> aio_tuning.AsyncTuning:
+        """A file of rows to a job under way: upload, check, queue; then `wait()` for the version, or follow `events()`.
+
+        `method` is classify, chat or preference; `choices` are the keywords of `argosy.specs.spec`, as rank, epochs, seed. `model` names
+        what gets the version and is called like the file unless said otherwise. `held_out` is a file to measure on; without it a tenth of
+        the rows is kept back. Raises DatasetRejected, with the findings by line, where rows are bad.
+        """
+        return await aio_tuning.tune(
+            self,
+            path,
+            base=base,
+            method=method,
+            model=model,
+            held_out=held_out,
+            text_columns=text_columns,
+            label_column=label_column,
+            delimiter=delimiter,
+            header=header,
+            skip_bad_rows=skip_bad_rows,
+            max_cost=max_cost,
+            deadline_s=deadline_s,
+            quote_only=quote_only,
+            sent=sent,
+            **choices,
+        )
+
     # Models, keys, usage
 
     async def models(self, *, page_size: int = 0) -> AsyncIterator[model_pb2.Model]:
         """Every model that the key may use, page by page."""
         request = model_pb2.ListModelsRequest(page_size=page_size)
-        while True:
-            page = await self.call(self.model_service.ListModels, request)
-            for model in page.models:
-                yield model
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
+        async for model in self.pages(self.model_service.ListModels, request, "models"):
+            yield model
 
     async def create_project(self, project_id: str, *, display_name: str = "") -> project_pb2.Project:
         """A new project; needs the scope `platform`."""
@@ -378,13 +480,8 @@ class AsyncClient:
     async def keys(self, project: str, *, page_size: int = 0) -> AsyncIterator[api_key_pb2.ApiKey]:
         """Every key of a project, page by page; never a secret."""
         request = api_key_pb2.ListApiKeysRequest(parent=project, page_size=page_size)
-        while True:
-            page = await self.call(self.api_key_service.ListApiKeys, request)
-            for key in page.api_keys:
-                yield key
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
+        async for key in self.pages(self.api_key_service.ListApiKeys, request, "api_keys"):
+            yield key
 
     async def delete_key(self, name: str) -> None:
         """Revoke a key: new calls fail within two seconds, running streams within five."""
@@ -403,13 +500,8 @@ class AsyncClient:
     ) -> AsyncIterator[usage_pb2.UsageSum]:
         """What a project used, summed by group and interval, page by page."""
         request = usage_pb2.QueryUsageRequest(parent=project, group_by=group_by, interval=interval)
-        while True:
-            page = await self.call(self.usage_service.QueryUsage, request)
-            for each in page.sums:
-                yield each
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
+        async for each in self.pages(self.usage_service.QueryUsage, request, "sums"):
+            yield each
 
     async def request_usage(self, project: str, request_id: str) -> usage_pb2.GetRequestUsageResponse:
         """What one request used, by its request id."""

@@ -23,10 +23,17 @@ _RETRIED = (
     {"service": "argosy.v1.EmbeddingService"},
     {"service": "argosy.v1.ExplanationService"},
     {"service": "argosy.v1.ModelService"},
+    {"service": "argosy.v1.DatasetService"},
+    {"service": "argosy.v1.FineTuneService"},
     {"service": "argosy.admin.v1.ProjectService"},
     {"service": "argosy.admin.v1.ApiKeyService"},
     {"service": "argosy.admin.v1.QuotaService"},
     {"service": "argosy.admin.v1.UsageService"},
+)
+# What sends a file: the library goes on at an offset instead of sending all of it again.
+_SENT = (
+    {"service": "argosy.v1.DatasetService", "method": "WriteUpload"},
+    {"service": "argosy.v1.ModelService", "method": "ImportModelVersion"},
 )
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
@@ -40,7 +47,8 @@ _SERVICE_CONFIG = {
                 "backoffMultiplier": 2,
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
-        }
+        },
+        {"name": list(_SENT)},
     ],
     "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
 }

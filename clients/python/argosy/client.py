@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from argosy import requests
+from argosy import requests, tuning
 from argosy.admin.v1 import (
     api_key_pb2,
     api_key_pb2_grpc,
@@ -24,13 +24,21 @@ from argosy.admin.v1 import (
     usage_pb2_grpc,
 )
 from argosy.channel import Target
+from argosy.datasets import Datasets
 from argosy.errors import from_rpc
+from argosy.jobs import Jobs
+from argosy.registry import Registry
+from argosy.specs import Money
 from argosy.streams import Fold
 from argosy.v1 import (
     config_pb2,
     content_pb2,
+    dataset_pb2_grpc,
     embedding_pb2,
     embedding_pb2_grpc,
+    explanation_pb2,
+    explanation_pb2_grpc,
+    finetune_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
     language_pb2,
@@ -109,11 +117,18 @@ class Client:
         self.generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self.language = language_pb2_grpc.LanguageServiceStub(self._channel)
         self.embedding = embedding_pb2_grpc.EmbeddingServiceStub(self._channel)
+        self.explanation = explanation_pb2_grpc.ExplanationServiceStub(self._channel)
         self.model_service = model_pb2_grpc.ModelServiceStub(self._channel)
+        self.dataset_service = dataset_pb2_grpc.DatasetServiceStub(self._channel)
+        self.finetune_service = finetune_pb2_grpc.FineTuneServiceStub(self._channel)
         self.project_service = project_pb2_grpc.ProjectServiceStub(self._channel)
         self.api_key_service = api_key_pb2_grpc.ApiKeyServiceStub(self._channel)
         self.quota_service = quota_pb2_grpc.QuotaServiceStub(self._channel)
         self.usage_service = usage_pb2_grpc.UsageServiceStub(self._channel)
+        self.datasets = Datasets(self)
+        self.jobs = Jobs(self)
+        self.registry = Registry(self)
+        self._project = ""
 
     def __enter__(self) -> Self:
         return self
@@ -131,6 +146,31 @@ class Client:
             return method(request, timeout=timeout_s or self.timeout_s, metadata=self._target.metadata)
         except grpc.RpcError as error:
             raise from_rpc(error) from None
+
+    def stream(self, method: Any, request: Any, *, timeout_s: float | None = None) -> Iterator[Any]:
+        """Any server-streaming method of a stub above, message by message. Leaving the loop cancels the call."""
+        call = method(request, timeout=timeout_s or STREAM_TIMEOUT_S, metadata=self._target.metadata)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise from_rpc(error) from None
+        finally:
+            call.cancel()  # after a normal end this does nothing
+
+    def pages(self, method: Callable[..., Any], request: Any, field: str) -> Iterator[Any]:
+        """What a list method answers, page by page; `field` names the repeated one."""
+        while True:
+            page = self.call(method, request)
+            yield from getattr(page, field)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def project(self) -> str:
+        """The key's own project, `projects/{p}`; asked for once."""
+        if not self._project:
+            self._project = (self.caller()).project
+        return self._project
 
     def _stream(self, method: Any, request: Any, timeout_s: float | None) -> GenerationStream:
         return GenerationStream(method(request, timeout=timeout_s or STREAM_TIMEOUT_S, metadata=self._target.metadata))
@@ -342,17 +382,77 @@ class Client:
         )
         return self.call(self.embedding.EmbedTexts, request, timeout_s=timeout_s)
 
+    def explain(
+        self,
+        text: str,
+        label: str | None = None,
+        *,
+        labels: Sequence[str] = (),
+        continuation: str | None = None,
+        cheap: bool = False,
+        unit: str = "word",
+        model: str | None = None,
+        timeout_s: float | None = None,
+    ) -> explanation_pb2.ExplainResponse:
+        """What in the text speaks for a label, the likeliest unless one is named, or with `continuation` for that text after it.
+
+        `unit` is word, token or sentence. `cheap` takes gradient times input instead of leaving units out one at a time.
+        """
+        request = requests.explain(text, label, labels=labels, continuation=continuation, cheap=cheap, unit=unit, model=model or self.model)
+        return self.call(self.explanation.Explain, request, timeout_s=timeout_s)
+
+    # Tuning: the rest is in `datasets`, `jobs` and `registry`
+
+    def tune(
+        self,
+        path: str | Path,
+        *,
+        base: str,
+        method: str,
+        model: str = "",
+        held_out: str | Path = "",
+        text_columns: Sequence[str] = (),
+        label_column: str = "",
+        delimiter: str = "",
+        header: bool | None = None,
+        skip_bad_rows: bool = False,
+        max_cost: Money | None = None,
+        deadline_s: float | None = None,
+        quote_only: bool = False,
+        sent: tuning.Sent | None = None,
+        **choices: Any,
+    ) -> tuning.Tuning:
+        """A file of rows to a job under way: upload, check, queue; then `wait()` for the version, or follow `events()`.
+
+        `method` is classify, chat or preference; `choices` are the keywords of `argosy.specs.spec`, as rank, epochs, seed. `model` names
+        what gets the version and is called like the file unless said otherwise. `held_out` is a file to measure on; without it a tenth of
+        the rows is kept back. Raises DatasetRejected, with the findings by line, where rows are bad.
+        """
+        return tuning.tune(
+            self,
+            path,
+            base=base,
+            method=method,
+            model=model,
+            held_out=held_out,
+            text_columns=text_columns,
+            label_column=label_column,
+            delimiter=delimiter,
+            header=header,
+            skip_bad_rows=skip_bad_rows,
+            max_cost=max_cost,
+            deadline_s=deadline_s,
+            quote_only=quote_only,
+            sent=sent,
+            **choices,
+        )
+
     # Models, keys, usage
 
     def models(self, *, page_size: int = 0) -> Iterator[model_pb2.Model]:
         """Every model that the key may use, page by page."""
         request = model_pb2.ListModelsRequest(page_size=page_size)
-        while True:
-            page = self.call(self.model_service.ListModels, request)
-            yield from page.models
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
+        yield from self.pages(self.model_service.ListModels, request, "models")
 
     def create_project(self, project_id: str, *, display_name: str = "") -> project_pb2.Project:
         """A new project; needs the scope `platform`."""
@@ -377,12 +477,7 @@ class Client:
     def keys(self, project: str, *, page_size: int = 0) -> Iterator[api_key_pb2.ApiKey]:
         """Every key of a project, page by page; never a secret."""
         request = api_key_pb2.ListApiKeysRequest(parent=project, page_size=page_size)
-        while True:
-            page = self.call(self.api_key_service.ListApiKeys, request)
-            yield from page.api_keys
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
+        yield from self.pages(self.api_key_service.ListApiKeys, request, "api_keys")
 
     def delete_key(self, name: str) -> None:
         """Revoke a key: new calls fail within two seconds, running streams within five."""
@@ -401,12 +496,7 @@ class Client:
     ) -> Iterator[usage_pb2.UsageSum]:
         """What a project used, summed by group and interval, page by page."""
         request = usage_pb2.QueryUsageRequest(parent=project, group_by=group_by, interval=interval)
-        while True:
-            page = self.call(self.usage_service.QueryUsage, request)
-            yield from page.sums
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
+        yield from self.pages(self.usage_service.QueryUsage, request, "sums")
 
     def request_usage(self, project: str, request_id: str) -> usage_pb2.GetRequestUsageResponse:
         """What one request used, by its request id."""

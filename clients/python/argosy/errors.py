@@ -4,11 +4,13 @@ A failed call carries the service's stable `reason` (an `ErrorReason` without it
 field it names, and how long to wait where waiting helps.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
+
+from argosy.v1 import dataset_pb2, error_pb2, finetune_pb2, model_pb2
 
 _DETAILS = "grpc-status-details-bin"
 
@@ -43,6 +45,8 @@ class ArgosyError(Exception):
         if self.field:
             bounds = ", ".join(f"{key} {self.metadata[key]}" for key in ("asked", "limit", "unit") if self.metadata.get(key))
             parts.append(f"field {self.field}" + (f" ({bounds})" if bounds else ""))
+        elif "rule" in self.metadata:
+            parts.append(", ".join(f"{key} {self.metadata[key]}" for key in ("rule", "line", "byte_offset") if self.metadata.get(key)))
         elif "scope" in self.metadata:
             parts.append(f"scope {self.metadata['scope']}")
         if self.retry_after_s:
@@ -144,13 +148,132 @@ class InternalError(ArgosyError):
     code = grpc.StatusCode.INTERNAL
 
 
-def _family(root: type[ArgosyError]) -> Iterable[type[ArgosyError]]:
-    for child in root.__subclasses__():
-        if child is not StreamLost:
-            yield child
+class UnsupportedFormat(InvalidArgument):
+    """An upload is of no known format: `metadata` has rule, line and byte_offset."""
 
 
-_BY_CODE = {child.code: child for child in _family(ArgosyError)}
+class ArtifactRejected(InvalidArgument):
+    """An imported file breaks a rule: `metadata` has it."""
+
+
+class HasDependants(FailedPrecondition):
+    """Something else needs it; `cascade` deletes both."""
+
+
+class GateNotPassed(FailedPrecondition):
+    """An alias moves only on an evaluation that PASSED against what it points to now."""
+
+
+class PrivacyBudgetExceeded(FailedPrecondition):
+    """The dataset's privacy budget would be overspent."""
+
+
+class WrongState(FailedPrecondition):
+    """Not in this state."""
+
+
+class ModelNotServed(FailedPrecondition):
+    """No replica serves the model's base."""
+
+
+class UploadFenced(Aborted):
+    """Another writer has taken over the upload."""
+
+
+class UploadOffset(OutOfRange):
+    """The offset is past what is stored: `metadata` has persisted_bytes."""
+
+
+class EventSequenceAhead(OutOfRange):
+    """The cursor is past the last event: `metadata` has last."""
+
+
+class ChecksumMismatch(DataLoss):
+    """A chunk does not match its checksum and was dropped: send it again."""
+
+
+class QuotaExceeded(ResourceExhausted):
+    """A quota is used up; waiting will not help soon."""
+
+
+class SlowConsumer(ResourceExhausted):
+    """The reader fell behind and was cut off: resume at the cursor."""
+
+
+class DatasetRejected(InvalidArgument):
+    """Rows break rules: `version` has the report, `row_errors` the first findings. Raised by the library, not by a call."""
+
+    version: dataset_pb2.DatasetVersion
+    row_errors: Sequence[dataset_pb2.RowError]
+
+    @classmethod
+    def of(cls, version: dataset_pb2.DatasetVersion, row_errors: Sequence[dataset_pb2.RowError]) -> Self:
+        """From the version and its findings."""
+        message = f"{version.report.errors:,} of {version.report.rows:,} rows break a rule"
+        if row_errors:
+            first = row_errors[0]
+            message += f", first line {first.line}" + (f" in {first.field}" if first.field else "") + f": {first.rule}"
+        made = cls(message, reason=_reason(version.error) or "DATASET_REJECTED", metadata=version.error.metadata)
+        made.version, made.row_errors = version, tuple(row_errors)
+        return made
+
+
+class JobFailed(FailedPrecondition):
+    """A job ended without a version: `job` says why. Raised by the library, not by a call."""
+
+    job: finetune_pb2.FineTuneJob
+
+    @classmethod
+    def of(cls, job: finetune_pb2.FineTuneJob) -> Self:
+        """From the job as it ended."""
+        state = finetune_pb2.FineTuneJob.State.Name(job.state).removeprefix("STATE_")
+        why = finetune_pb2.JobReason.Name(job.state_reason).removeprefix("JOB_REASON_")
+        made = cls(job.error.message or f"The job is {state}", reason=why, metadata=job.error.metadata)
+        made.job = job
+        return made
+
+
+class EvaluationNotPassed(GateNotPassed):
+    """A version is not better than the alias's target and the base: `evaluation` has the evidence. Raised by the library."""
+
+    evaluation: model_pb2.Evaluation
+
+    @classmethod
+    def of(cls, evaluation: model_pb2.Evaluation) -> Self:
+        """From the evaluation as it was decided."""
+        if evaluation.state == model_pb2.Evaluation.STATE_FAILED:
+            message = evaluation.error.message or "The evaluation failed"
+        else:
+            lost = [each for each in evaluation.comparisons if not each.passed]
+            message = "It is not better by the margin than " + (", ".join(each.against for each in lost) or "what is served")
+        made = cls(message, reason=_reason(evaluation.error) or "GATE_NOT_PASSED", metadata=evaluation.error.metadata)
+        made.evaluation = evaluation
+        return made
+
+
+def _reason(failure: error_pb2.Failure) -> str:
+    if failure.reason not in error_pb2.ErrorReason.values() or not failure.reason:
+        return ""
+    return error_pb2.ErrorReason.Name(failure.reason).removeprefix("ERROR_REASON_")
+
+
+_BY_CODE = {child.code: child for child in ArgosyError.__subclasses__()}
+_BY_REASON: dict[str, type[ArgosyError]] = {
+    "ARTIFACT_REJECTED": ArtifactRejected,
+    "CHECKSUM_MISMATCH": ChecksumMismatch,
+    "EVENT_SEQUENCE_AHEAD": EventSequenceAhead,
+    "GATE_NOT_PASSED": GateNotPassed,
+    "HAS_DEPENDANTS": HasDependants,
+    "MODEL_NOT_SERVED": ModelNotServed,
+    "PRIVACY_BUDGET_EXCEEDED": PrivacyBudgetExceeded,
+    "QUOTA_EXCEEDED": QuotaExceeded,
+    "SLOW_CONSUMER": SlowConsumer,
+    "STREAM_LOST": StreamLost,
+    "UNSUPPORTED_FORMAT": UnsupportedFormat,
+    "UPLOAD_FENCED": UploadFenced,
+    "UPLOAD_OFFSET": UploadOffset,
+    "WRONG_STATE": WrongState,
+}
 
 
 def from_rpc(error: grpc.RpcError) -> ArgosyError:
@@ -169,7 +292,7 @@ def from_rpc(error: grpc.RpcError) -> ArgosyError:
             elif detail.Unpack(bad) and bad.field_violations:
                 field = bad.field_violations[0].field
     last = trailers.get("last_seq")
-    kind = StreamLost if reason == "STREAM_LOST" else _BY_CODE.get(error.code(), ArgosyError)
+    kind = _BY_REASON.get(reason) or _BY_CODE.get(error.code(), ArgosyError)
     request_id = trailers.get("request_id")
     return kind(
         error.details() or error.code().name,

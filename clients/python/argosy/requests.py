@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from google.protobuf.duration_pb2 import Duration
 
-from argosy.v1 import config_pb2, content_pb2, generation_pb2, language_pb2
+from argosy.v1 import config_pb2, content_pb2, explanation_pb2, generation_pb2, language_pb2
 
 Message = content_pb2.ChatMessage | Mapping[str, str] | tuple[str, str]
 _ROLES = {"system": content_pb2.ROLE_SYSTEM, "user": content_pb2.ROLE_USER, "assistant": content_pb2.ROLE_ASSISTANT}
@@ -78,6 +78,41 @@ def chat(
     return generation_pb2.ChatRequest(
         model=model, request_id=request_id(), messages=[message(each) for each in said], tools=tools, config=settings
     )
+
+
+_UNITS = {
+    "word": explanation_pb2.ATTRIBUTION_UNIT_WORD,
+    "token": explanation_pb2.ATTRIBUTION_UNIT_TOKEN,
+    "sentence": explanation_pb2.ATTRIBUTION_UNIT_SENTENCE,
+}
+
+
+def explain(
+    text: str,
+    label: str | None,
+    *,
+    labels: Sequence[str],
+    continuation: str | None,
+    cheap: bool,
+    unit: str,
+    model: str,
+) -> explanation_pb2.ExplainRequest:
+    """A label of a text, or a continuation of it, to explain. Raises ValueError for both at once and for another unit."""
+    if unit not in _UNITS:
+        raise ValueError(f"unit {unit!r} is none of {', '.join(_UNITS)}")
+    methods = explanation_pb2.ATTRIBUTION_METHOD_GRADIENT_X_INPUT, explanation_pb2.ATTRIBUTION_METHOD_OCCLUSION
+    request = explanation_pb2.ExplainRequest(
+        model=model, request_id=request_id(), method=methods[0] if cheap else methods[1], unit=_UNITS[unit]
+    )
+    if continuation is not None:
+        if label is not None or labels:
+            raise ValueError("either a label is explained or a continuation")
+        request.generation.CopyFrom(explanation_pb2.GenerationTarget(prompt=text, continuation=continuation))
+        return request
+    request.classify.CopyFrom(explanation_pb2.ClassifyTarget(text=text, label=label))
+    if labels:
+        request.classify.zero_shot.labels.extend(labels)
+    return request
 
 
 def passages(texts: str | Iterable[str] | Mapping[str, str]) -> list[language_pb2.Passage]:
