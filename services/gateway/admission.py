@@ -40,6 +40,7 @@ class Ask:
     latest_end: float = float("inf")  # monotonic seconds; a later end is of no use to the caller
     key: bytes | None = None  # prefix affinity, for `start`
     prompt_tokens: int = 0
+    adapter: str = ""  # digest, for `start`; empty: the base alone
 
 
 @dataclass(slots=True, eq=False)

@@ -4,18 +4,29 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from services.chassis.errors import ModelCapability, ResourceNotFound
+from services.chassis.errors import ModelCapability, ModelNotServed, ResourceNotFound
+from services.gateway.meanings import Target
+
+TUNED = "CLASSIFY_TUNED"
+BESIDE_A_HEAD = frozenset({"EMBED", "EXPLAIN", "SEED"})  # of a base, what is left to a version that was taught labels
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A model as a replica describes itself."""
+    """A model as a replica describes itself, or a version of a project's own on such a base."""
 
-    name: str  # models/{m}
+    name: str  # models/{m}, or projects/{p}/models/{m}/versions/{n}
     digest: str  # of weights and config, sha256 in hex: what is pinned at admission
     context_tokens: int  # prompt and output together
     capabilities: frozenset[str] = frozenset()  # ModelCapability without its prefix: "GENERATE", "EMBED"
     description: bytes = b""  # the replica's argosy.v1.Model, unopened here
+    adapter: str = ""  # digest, pinned at admission with the base's (F11); empty: the base alone
+    base: str = ""  # models/{m} that it builds on; empty: it is one
+
+    @property
+    def shared(self) -> str:
+        """The base's name: few, and no tenant's, so that metrics may name it."""
+        return self.base or self.name
 
 
 class Catalog:
@@ -31,6 +42,33 @@ class Catalog:
     def forget(self, replica: str) -> None:
         """A replica left for good."""
         self._replicas.pop(replica, None)
+
+    @property
+    def empty(self) -> bool:
+        """No replica has ever described itself: nothing is known yet."""
+        return not self._replicas
+
+    def tuned(self, target: Target, *, field: str = "model") -> Served:
+        """A version of a project's own, with what its base can do.
+
+        A version with a head classifies by it; its adapter was taught nothing else, so it writes no text.
+
+        Raises:
+            ModelNotServed: no replica serves its base.
+        """
+        base = next((served for served in self._replicas.values() if served.digest == target.digest), None)
+        if base is None:
+            raise ModelNotServed(field)
+        has_head = TUNED in target.capabilities
+        return Served(
+            name=target.version,
+            digest=base.digest,
+            context_tokens=base.context_tokens,
+            capabilities=base.capabilities & BESIDE_A_HEAD | {TUNED} if has_head else base.capabilities - {TUNED},
+            description=base.description,
+            adapter=target.adapter,
+            base=base.name,
+        )
 
     def resolve(self, name: str, allowed: Iterable[str] = (), *, field: str = "model") -> Served:
         """The model that answers to `name` for a key whose list is `allowed` (empty: all).

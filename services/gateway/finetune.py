@@ -13,7 +13,6 @@ from services.chassis.telemetry import Telemetry
 from services.gateway.settings import GatewaySettings
 
 AUDIENCE = "argosy.finetune"  # what its CallerVerifier is made with
-FLEET_SCOPE = "fleet"  # of calls that we make for no key: no key can have it
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 

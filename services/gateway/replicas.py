@@ -192,7 +192,7 @@ class Pool:
     @staticmethod
     def work(ask: Ask) -> routing.Work:
         """What routing needs to know of `ask`."""
-        return routing.Work(ask.prompt_tokens, max(1, round(ask.cost) - ask.prompt_tokens))
+        return routing.Work(ask.prompt_tokens, max(1, round(ask.cost) - ask.prompt_tokens), ask.adapter)
 
     def choose(self, ask: Ask, stream: bool, *, without: frozenset[str] = frozenset()) -> Link | None:
         """The best replica with a free place for `ask`. Raises Shed where there are places, and all would answer too late."""
@@ -277,6 +277,34 @@ class Pool:
         return waiting.placement
 
 
+@dataclass(frozen=True)
+class Shelf:
+    """The adapters of one replica."""
+
+    _link: Link
+    _replicas: "Replicas"
+
+    @property
+    def name(self) -> str:
+        """The replica's opaque label."""
+        return self._link.replica.name
+
+    def holds(self, adapter: str) -> bool:
+        """Whether its last load report named it."""
+        return adapter in self._link.replica.load.adapters
+
+    async def load(self, adapter: str, owner: Caller, timeout_s: float) -> float:
+        """Load `owner`'s adapter; returns the seconds that took, as the replica says. Errors come through."""
+        request = engine_pb2.PrefetchAdapterRequest(adapter_digest=adapter)
+        reply = await self._link.stub.PrefetchAdapter(request, timeout=timeout_s, metadata=self._replicas.metadata(owner))
+        return float(reply.load.ToNanoseconds() / 1e9)
+
+    async def drop(self, adapter: str, owner: Caller, timeout_s: float) -> None:
+        """Forget `owner`'s adapter. Errors come through."""
+        request = engine_pb2.EvictAdapterRequest(adapter_digest=adapter)
+        await self._link.stub.EvictAdapter(request, timeout=timeout_s, metadata=self._replicas.metadata(owner))
+
+
 class Replicas:
     """All replicas of a static list. Use `watching()`; it closes the channels."""
 
@@ -315,6 +343,11 @@ class Replicas:
         if not any(link.served for link in self.links):
             raise NotStarted()
         return self.catalog.resolve(name, allowed)
+
+    def shelves(self, digest: str = "") -> list[Shelf]:
+        """The adapters of the replicas that serve this base, or any, and can be reached."""
+        reachable = [link for link in self.links if link.replica.reachable and link.served is not None]
+        return [Shelf(link, self) for link in reachable if link.served is not None and digest in ("", link.served.digest)]
 
     def ready(self, served: Served) -> int:
         """Replicas that could take a call for this model now."""
@@ -468,6 +501,7 @@ def load_from(load: engine_pb2.EngineLoad) -> routing.Load:
         step_s=load.step_time.ToNanoseconds() / 1e9,
         batch=load.batch,
         draining=load.draining,
+        adapters=frozenset(load.resident_adapters),
     )
 
 

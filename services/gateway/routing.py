@@ -23,6 +23,7 @@ FULL_SHARE = 0.9  # of the fullest batch seen: one so full tells what the replic
 FORGET = 0.02  # of its best rate, with each report of a full batch that was slower
 RAMP_S = 8.0  # after a probe succeeds, its share grows over this time
 PANIC_SHARE = 0.5  # never eject more than this share of the reachable
+ADAPTER_LOAD_S = 0.4  # taken to fetch, verify and load an adapter that a replica does not hold
 PREFIX_BYTES = 1_024
 PREFIX_MIN_BYTES = 128  # a shorter prefix fills no KV block worth travelling for
 
@@ -40,6 +41,7 @@ class Load:
     step_s: float = 0.0  # of the recent steps, each of which gives every running sequence a token
     batch: int = 0  # sequences in the last step
     draining: bool = False
+    adapters: frozenset[str] = frozenset()  # digests of the loaded ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Work:
 
     prompt_tokens: int
     output_tokens: int
+    adapter: str = ""  # digest; empty: the base alone
 
 
 class Standing(enum.Enum):
@@ -154,6 +157,10 @@ class Replica:
             case Standing.EJECTED:
                 return 0.0
 
+    def holds(self, adapter: str) -> bool:
+        """It said that it has the adapter loaded, or a call of ours has made it load it."""
+        return adapter in self.load.adapters or any(placed.work.adapter == adapter for placed in self.in_flight.values())
+
     def unseen(self) -> Work:
         """Tokens we sent that its last load report cannot have counted yet."""
         prompt = output = 0
@@ -228,8 +235,12 @@ def backlog_s(replica: Replica, work: Work, peers: Sequence[Replica]) -> float:
 
 
 def cost_s(replica: Replica, work: Work, peers: Sequence[Replica]) -> float:
-    """What one more call costs there: the time of its answer; between replicas about as fast, the backlog decides."""
-    return answer_s(replica, work, peers) + BACKLOG_WEIGHT * backlog_s(replica, work, peers)
+    """What one more call costs there: the time of its answer; between replicas about as fast, the backlog decides.
+
+    Loading an adapter costs as much as the time it takes: calls meet where it is, until the line there is longer than that.
+    """
+    load_s = ADAPTER_LOAD_S if work.adapter and not replica.holds(work.adapter) else 0.0
+    return load_s + answer_s(replica, work, peers) + BACKLOG_WEIGHT * backlog_s(replica, work, peers)
 
 
 def usable(replicas: Sequence[Replica], now: float) -> list[Replica]:

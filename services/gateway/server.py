@@ -29,6 +29,8 @@ from services.gateway.finetune import credentials as finetune_credentials
 from services.gateway.gauges import Spooling, measure
 from services.gateway.keys import PEPPER_BYTES
 from services.gateway.ledger import Ledger, Tariff
+from services.gateway.meanings import Meanings
+from services.gateway.registry import OwnModels, Pusher
 from services.gateway.replicas import Replicas
 from services.gateway.servicers.api_key import ApiKeyServicer
 from services.gateway.servicers.embedding import EmbeddingServicer
@@ -60,6 +62,7 @@ class Running:
     serving: Serving
     replicas: Replicas
     relay: Relay
+    names: OwnModels
     store: Store | None = None  # None: what it needs of one was passed in
 
 
@@ -121,7 +124,9 @@ async def running(
     finetune = FineTune(settings.finetune_address, signer=signer, credentials=finetune_credentials(settings), telemetry=telemetry)
     forwarding = Forwarding(finetune, revocations)
     own: dict[str, object] = {"ModelService": ModelServicer(replicas, pages or page_tokens(settings), forwarding)}
-    relay = Relay(replicas, ledger, settings.placing, revocations=revocations, telemetry=telemetry)
+    meanings = Meanings()
+    names = OwnModels(finetune, replicas.catalog, meanings)
+    relay = Relay(replicas, ledger, settings.placing, own=names, revocations=revocations, telemetry=telemetry)
     services: list[Service] = [
         (generation_pb2.DESCRIPTOR.services_by_name["GenerationService"], GenerationServicer(relay)),
         (language_pb2.DESCRIPTOR.services_by_name["LanguageService"], LanguageServicer(relay)),
@@ -142,7 +147,7 @@ async def running(
             raise
 
     policy = Policy(authenticate=known, permit=permit, deadline_cap_s=deadline_cap_s, strip="x-")
-    async with replicas.watching():
+    async with replicas.watching(), Pusher(finetune, replicas, meanings).following():
         async with serve(
             settings.listener,
             register,
@@ -156,11 +161,12 @@ async def running(
                 await serving.ready()
             measuring = asyncio.create_task(measure(replicas, spooling, telemetry), name="gateway gauges")
             try:
-                yield Running(serving.address, serving, replicas, relay)
+                yield Running(serving.address, serving, replicas, relay, names)
             finally:
                 measuring.cancel()
                 await asyncio.wait((measuring,))
         await relay.settled()
+    await names.close()
     await finetune.close()
 
 

@@ -18,15 +18,26 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from argosy.v1 import config_pb2, content_pb2, embedding_pb2, generation_pb2, language_pb2, model_pb2, stream_pb2, usage_pb2
+from argosy.v1 import (
+    config_pb2,
+    content_pb2,
+    embedding_pb2,
+    explanation_pb2,
+    generation_pb2,
+    language_pb2,
+    model_pb2,
+    stream_pb2,
+    usage_pb2,
+)
 from argosy_internal.engine.v1 import engine_pb2, engine_pb2_grpc
-from services.chassis.errors import FieldInvalid, FieldOutOfRange, ServiceError
+from services.chassis.errors import FieldInvalid, FieldOutOfRange, ResourceNotFound, ServiceError
 from services.chassis.identity import CALLER_KEY, Caller, CallerRefused, CallerVerifier
 from services.chassis.status import rich
 
 USAGE_KEY = "argosy-usage-bin"  # argosy.v1.Usage in the trailers of every end that has no Completed
 ACCEPTED = (("argosy-accepted", "1"),)
 SERVER = {"grpc.so_reuseport": 0, "grpc.http2.min_ping_interval_without_data_ms": 5_000, "grpc.keepalive_permit_without_calls": 1}
+COMPUTES = ("Generate", "Encode", "Attribute")
 CAPABILITIES = ("GENERATE", "CHAT_PLAIN", "CLASSIFY_ZERO_SHOT", "EMBED", "ANSWER_EXTRACTIVE", "LOGPROBS", "LOGIT_BIAS", "SEED")
 
 
@@ -36,6 +47,7 @@ class Faults:
 
     refuse: ServiceError | None = None  # each call, before its initial metadata
     refusals: int | None = None  # how many more calls are refused; None: all
+    unloadable: set[str] = field(default_factory=set)  # adapter digests that no project's store has
     crash_after: int | None = None  # tokens of a call, then a bare status without usage, as a lost process gives
     crash_code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
     hang_before: bool = False  # no initial metadata, ever
@@ -80,6 +92,9 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     gate: asyncio.Semaphore | None = None  # each token takes one permit: a test decides when
     verifier: CallerVerifier | None = None
     faults: Faults = field(default_factory=Faults)
+    adapter_slots: int = 4
+    adapters: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # loaded: project uid and digest → labels, oldest use first
+    labels: dict[str, list[str]] = field(default_factory=dict)  # of the heads in the store, by digest
     load: engine_pb2.EngineLoad = field(
         default_factory=lambda: engine_pb2.EngineLoad(
             prefill_tokens_per_second=10_000, decode_tokens_per_second=1_000, free_blocks=1_000, total_blocks=1_000
@@ -135,6 +150,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
             capabilities=[model_pb2.ModelCapability.Value(f"MODEL_CAPABILITY_{name}") for name in self.capabilities],
             version="fake",
             instance_id="00000000-0000-4000-8000-000000000000",
+            adapter_slots=self.adapter_slots,
         )
 
     async def WatchLoad(self, request: engine_pb2.WatchLoadRequest, context: Any) -> AsyncIterator[engine_pb2.EngineLoad]:
@@ -145,6 +161,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
             load = engine_pb2.EngineLoad()
             load.CopyFrom(self.load)
             load.running_sequences += len(self.running)
+            load.resident_adapters.extend(digest for _, digest in self.adapters)
             load.prefill_tokens_per_second /= self.faults.slow
             load.decode_tokens_per_second /= self.faults.slow
             yield load
@@ -155,8 +172,8 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
                 await asyncio.wait_for(self._load_changed(), 0.1 if self.running else 0.5)
 
     async def _load_changed(self) -> None:
-        before = (self.load.SerializeToString(), bool(self.running))
-        while (self.load.SerializeToString(), bool(self.running)) == before:
+        before = (self.load.SerializeToString(), bool(self.running), *self.adapters)
+        while (self.load.SerializeToString(), bool(self.running), *self.adapters) == before:
             await self._changed.wait()
 
     async def Abort(self, request: engine_pb2.AbortRequest, context: Any) -> engine_pb2.AbortResponse:
@@ -166,6 +183,56 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
                 if record := self.running.get(generation_id):
                     record.abort.set()
         return engine_pb2.AbortResponse()
+
+    async def PrefetchAdapter(self, request: engine_pb2.PrefetchAdapterRequest, context: Any) -> engine_pb2.PrefetchAdapterResponse:
+        record = await self._begin("PrefetchAdapter", request, context, "")
+        was = self._owner(record), request.adapter_digest
+        known = was in self.adapters
+        await self._adapt(request.adapter_digest, record, context)
+        adapter = engine_pb2.Adapter(adapter_digest=request.adapter_digest, rank=16, labels=self.adapters[was])
+        reply = engine_pb2.PrefetchAdapterResponse(adapter=adapter)
+        reply.load.FromMilliseconds(0 if known else 250)
+        return reply
+
+    async def EvictAdapter(self, request: engine_pb2.EvictAdapterRequest, context: Any) -> engine_pb2.EvictAdapterResponse:
+        record = await self._begin("EvictAdapter", request, context, "")
+        evicted = self.adapters.pop((self._owner(record), request.adapter_digest), None) is not None
+        self.changed()
+        return engine_pb2.EvictAdapterResponse(evicted=evicted)
+
+    async def ListAdapters(self, request: engine_pb2.ListAdaptersRequest, context: Any) -> engine_pb2.ListAdaptersResponse:
+        owner = self._owner(await self._begin("ListAdapters", request, context, ""))
+        mine = [(digest, labels) for (project, digest), labels in reversed(self.adapters.items()) if project == owner]
+        return engine_pb2.ListAdaptersResponse(
+            adapters=[engine_pb2.Adapter(adapter_digest=digest, rank=16, labels=labels) for digest, labels in mine]
+        )
+
+    async def Attribute(self, request: engine_pb2.AttributeRequest, context: Any) -> explanation_pb2.ExplainResponse:
+        text = request.explain.classify.text or request.explain.generation.prompt
+        record = await self._begin("Attribute", request, context, text)
+        try:
+            await self._step(record, context)
+            words = _words(text)
+            found = [explanation_pb2.Attribution(span=content_pb2.Span(text=word), weight=0.5) for word in words]
+            usage = usage_pb2.Usage(input_tokens=len(words), passes=len(words) + 2)
+            record.ended = "DONE"
+            return explanation_pb2.ExplainResponse(attributions=found, target_score=-0.5, model=request.model, usage=usage)
+        finally:
+            self._end(record, request.generation_id)
+
+    @staticmethod
+    def _owner(record: Record) -> str:
+        return record.caller.project_uid if record.caller is not None else ""
+
+    async def _adapt(self, digest: str, record: Record, context: Any) -> None:
+        """Have an adapter of the caller's project loaded, as a pod does before it computes."""
+        if digest in self.faults.unloadable:
+            await _refuse(context, ResourceNotFound("model"))
+        key = (self._owner(record), digest)
+        self.adapters[key] = self.adapters.pop(key, self.labels.get(digest, []))
+        while len(self.adapters) > self.adapter_slots:
+            del self.adapters[next(iter(self.adapters))]
+        self.changed()
 
     async def Generate(self, request: engine_pb2.GenerateRequest, context: Any) -> AsyncIterator[bytes]:
         record = await self._begin("Generate", request, context, _prompt_of(request))
@@ -263,7 +330,8 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
 
     def _classify(self, request: engine_pb2.EncodeRequest, usage: usage_pb2.Usage) -> engine_pb2.EncodeResponse:
         asked = request.classify
-        labels = list(asked.zero_shot.labels) or ["positive", "neutral", "negative"]
+        tuned = self.labels.get(request.model.adapter_digest, []) if asked.WhichOneof("label_source") is None else []
+        labels = list(asked.zero_shot.labels) or tuned or ["positive", "neutral", "negative"]
         weights = [2.0**-n for n in range(len(labels))]
         scores = [content_pb2.LabelScore(label=label, probability=w / sum(weights)) for label, w in zip(labels, weights, strict=True)]
         results = [language_pb2.Classification(labels=scores, windows=1) for _ in asked.texts]
@@ -309,13 +377,15 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         self.totals["input_tokens"] += input_tokens
         if self.keep:
             self.calls.append(record)
-        if method in ("Generate", "Encode"):
+        if method in COMPUTES:
+            if request.model.adapter_digest:
+                await self._adapt(request.model.adapter_digest, record, context)
             self.running[request.generation_id] = record
         try:
             await context.send_initial_metadata(ACCEPTED)
         except BaseException:
             record.ended = "CANCELLED"
-            if method in ("Generate", "Encode"):
+            if method in COMPUTES:
                 self._end(record, request.generation_id)
             raise
         self.changed()

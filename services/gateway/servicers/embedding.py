@@ -17,6 +17,6 @@ class EmbeddingServicer:
 
     async def EmbedTexts(self, request: embedding_pb2.EmbedTextsRequest, context: Any) -> embedding_pb2.EmbedTextsResponse:
         """A vector for each text."""
-        made = plan(self._relay, request, context, method=f"/{SERVICE}/EmbedTexts", capability="EMBED")
+        made = await plan(self._relay, request, context, method=f"/{SERVICE}/EmbedTexts", capability="EMBED")
         reply = await self._relay.encode(made, encoding(made, request, embed=request), context)
         return reply.embed

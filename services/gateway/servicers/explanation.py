@@ -1,11 +1,11 @@
-"""ExplanationService: declared, and refused by every model until one has the capability."""
+"""ExplanationService: why a model answers as it does. Billed by passes, so the reservation counts the words that may be left out."""
 
 from typing import Any, NoReturn
 
 from argosy.v1 import explanation_pb2
 from services.chassis import bounds
 from services.chassis.errors import ModelCapability
-from services.gateway.catalog import require
+from services.gateway.servicers.plans import attribution, plan, sticky_key
 from services.gateway.servicers.relay import Relay, caller
 
 SERVICE = "argosy.v1.ExplanationService"
@@ -17,15 +17,13 @@ class ExplanationServicer:
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
 
-    async def Explain(self, request: explanation_pb2.ExplainRequest, context: Any) -> NoReturn:
+    async def Explain(self, request: explanation_pb2.ExplainRequest, context: Any) -> explanation_pb2.ExplainResponse:
         """What in the input speaks for the target."""
-        self._refuse(request)
+        made = await plan(self._relay, request, context, method=f"/{SERVICE}/Explain", capability="EXPLAIN")
+        return await self._relay.attribute(made, attribution(made, request), context)
 
-    async def FindNearestExamples(self, request: Any, context: Any) -> NoReturn:
+    async def FindNearestExamples(self, request: explanation_pb2.FindNearestExamplesRequest, context: Any) -> NoReturn:
         """Training rows near an input."""
-        self._refuse(request)
-
-    def _refuse(self, request: Any) -> NoReturn:
         bounds.check(request)
-        require(self._relay.fleet.resolve(request.model, caller().models), "EXPLAIN")
-        raise ModelCapability("model", "EXPLAIN")  # the replica has it, but its EngineService has no method for it yet
+        await self._relay.resolve(request.model, caller(), sticky_key(context))
+        raise ModelCapability("model", "NEAREST_EXAMPLES")  # no model has an index of its rows yet

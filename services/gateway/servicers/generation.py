@@ -19,8 +19,8 @@ class GenerationServicer:
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
 
-    def _text(self, request: generation_pb2.GenerateTextRequest, context: Any, method: str, *, stream: bool) -> Events:
-        made = plan(
+    async def _text(self, request: generation_pb2.GenerateTextRequest, context: Any, method: str, *, stream: bool) -> Events:
+        made = await plan(
             self._relay,
             request,
             context,
@@ -34,8 +34,8 @@ class GenerationServicer:
         )
         return self._relay.stream(made, generation(self._relay, made, request, request.config, text=request.prompt), context)
 
-    def _chat(self, request: generation_pb2.ChatRequest, context: Any, method: str, *, stream: bool) -> Events:
-        made = plan(
+    async def _chat(self, request: generation_pb2.ChatRequest, context: Any, method: str, *, stream: bool) -> Events:
+        made = await plan(
             self._relay,
             request,
             context,
@@ -51,32 +51,32 @@ class GenerationServicer:
 
     async def StreamGenerateText(self, request: generation_pb2.GenerateTextRequest, context: Any) -> AsyncIterator[bytes]:
         """Continue a raw prompt, event by event."""
-        async with aclosing(self._text(request, context, "StreamGenerateText", stream=True)) as events:
+        async with aclosing(await self._text(request, context, "StreamGenerateText", stream=True)) as events:
             async for event in events:
                 yield event
 
     async def GenerateText(self, request: generation_pb2.GenerateTextRequest, context: Any) -> stream_pb2.GenerationResult:
         """Continue a raw prompt."""
-        async with aclosing(self._text(request, context, "GenerateText", stream=False)) as events:
+        async with aclosing(await self._text(request, context, "GenerateText", stream=False)) as events:
             return await fold(events)
 
     async def StreamChat(self, request: generation_pb2.ChatRequest, context: Any) -> AsyncIterator[bytes]:
         """Answer a dialogue, event by event."""
-        async with aclosing(self._chat(request, context, "StreamChat", stream=True)) as events:
+        async with aclosing(await self._chat(request, context, "StreamChat", stream=True)) as events:
             async for event in events:
                 yield event
 
     async def Chat(self, request: generation_pb2.ChatRequest, context: Any) -> stream_pb2.GenerationResult:
         """Answer a dialogue."""
-        async with aclosing(self._chat(request, context, "Chat", stream=False)) as events:
+        async with aclosing(await self._chat(request, context, "Chat", stream=False)) as events:
             return await fold(events)
 
     async def CountTokens(self, request: generation_pb2.CountTokensRequest, context: Any) -> generation_pb2.CountTokensResponse:
         """Tokens of a prompt, and the room left."""
-        made = plan(self._relay, request, context, method=f"/{SERVICE}/CountTokens", capability="GENERATE")
+        made = await plan(self._relay, request, context, method=f"/{SERVICE}/CountTokens", capability="GENERATE")
         return await self._relay.ask(made, "CountTokens", request, context)  # type: ignore[no-any-return]
 
     async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Any) -> generation_pb2.TokenizeResponse:
         """The tokens of a text."""
-        made = plan(self._relay, request, context, method=f"/{SERVICE}/Tokenize", capability="GENERATE")
+        made = await plan(self._relay, request, context, method=f"/{SERVICE}/Tokenize", capability="GENERATE")
         return await self._relay.ask(made, "Tokenize", request, context)  # type: ignore[no-any-return]

@@ -25,7 +25,7 @@ class LanguageServicer:
         tuned = request.WhichOneof("label_source") is None
         # Each label is scored after each text.
         size = request.ByteSize() + len(request.texts) * (request.zero_shot.ByteSize() + PRESET_BYTES)
-        made = plan(
+        made = await plan(
             self._relay,
             request,
             context,
@@ -36,8 +36,8 @@ class LanguageServicer:
         reply = await self._relay.encode(made, encoding(made, request, classify=request), context)
         return reply.classify
 
-    def _summarize(self, request: language_pb2.SummarizeTextRequest, context: Any, method: str, *, stream: bool) -> Events:
-        made = plan(
+    async def _summarize(self, request: language_pb2.SummarizeTextRequest, context: Any, method: str, *, stream: bool) -> Events:
+        made = await plan(
             self._relay,
             request,
             context,
@@ -51,17 +51,17 @@ class LanguageServicer:
 
     async def StreamSummarizeText(self, request: language_pb2.SummarizeTextRequest, context: Any) -> AsyncIterator[bytes]:
         """One summary, event by event."""
-        async with aclosing(self._summarize(request, context, "StreamSummarizeText", stream=True)) as events:
+        async with aclosing(await self._summarize(request, context, "StreamSummarizeText", stream=True)) as events:
             async for event in events:
                 yield event
 
     async def SummarizeText(self, request: language_pb2.SummarizeTextRequest, context: Any) -> stream_pb2.GenerationResult:
         """One summary."""
-        async with aclosing(self._summarize(request, context, "SummarizeText", stream=False)) as events:
+        async with aclosing(await self._summarize(request, context, "SummarizeText", stream=False)) as events:
             return await fold(events)
 
-    def _translate(self, request: language_pb2.TranslateTextRequest, context: Any, method: str, *, stream: bool) -> Events:
-        made = plan(
+    async def _translate(self, request: language_pb2.TranslateTextRequest, context: Any, method: str, *, stream: bool) -> Events:
+        made = await plan(
             self._relay,
             request,
             context,
@@ -75,17 +75,17 @@ class LanguageServicer:
 
     async def StreamTranslateText(self, request: language_pb2.TranslateTextRequest, context: Any) -> AsyncIterator[bytes]:
         """Translations, event by event; `index` says of which text."""
-        async with aclosing(self._translate(request, context, "StreamTranslateText", stream=True)) as events:
+        async with aclosing(await self._translate(request, context, "StreamTranslateText", stream=True)) as events:
             async for event in events:
                 yield event
 
     async def TranslateText(self, request: language_pb2.TranslateTextRequest, context: Any) -> stream_pb2.GenerationResult:
         """Translations."""
-        async with aclosing(self._translate(request, context, "TranslateText", stream=False)) as events:
+        async with aclosing(await self._translate(request, context, "TranslateText", stream=False)) as events:
             return await fold(events)
 
-    def _answer(self, request: language_pb2.AnswerQuestionRequest, context: Any, method: str, *, stream: bool) -> Events:
-        made = plan(
+    async def _answer(self, request: language_pb2.AnswerQuestionRequest, context: Any, method: str, *, stream: bool) -> Events:
+        made = await plan(
             self._relay,
             request,
             context,
@@ -101,16 +101,16 @@ class LanguageServicer:
         """A written answer, event by event; spans cannot be streamed."""
         if request.mode != language_pb2.ANSWER_MODE_GENERATIVE:
             raise FieldInvalid("mode", "generative_only")
-        async with aclosing(self._answer(request, context, "StreamAnswerQuestion", stream=True)) as events:
+        async with aclosing(await self._answer(request, context, "StreamAnswerQuestion", stream=True)) as events:
             async for event in events:
                 yield event
 
     async def AnswerQuestion(self, request: language_pb2.AnswerQuestionRequest, context: Any) -> language_pb2.AnswerQuestionResponse:
         """Spans of the passages, or a written answer."""
         if request.mode == language_pb2.ANSWER_MODE_GENERATIVE:
-            async with aclosing(self._answer(request, context, "AnswerQuestion", stream=False)) as events:
+            async with aclosing(await self._answer(request, context, "AnswerQuestion", stream=False)) as events:
                 result = await fold(events)
             return language_pb2.AnswerQuestionResponse(generation=result, model=result.started.model, usage=result.completed.usage)
-        made = plan(self._relay, request, context, method=f"/{SERVICE}/AnswerQuestion", capability="ANSWER_EXTRACTIVE")
+        made = await plan(self._relay, request, context, method=f"/{SERVICE}/AnswerQuestion", capability="ANSWER_EXTRACTIVE")
         reply = await self._relay.encode(made, encoding(made, request, answer=request), context)
         return reply.answer

@@ -8,14 +8,27 @@ from typing import Any
 from argosy.v1 import config_pb2, content_pb2
 from argosy_internal.engine.v1 import engine_pb2
 from services.chassis import bounds, status
-from services.chassis.errors import FieldOutOfRange
+from services.chassis.errors import FieldOutOfRange, MetadataInvalid
 from services.gateway.admission import Rank
 from services.gateway.catalog import require
 from services.gateway.routing import PREFIX_BYTES
 from services.gateway.servicers.relay import Plan, Relay, caller
 
 BYTES_PER_TOKEN = 3  # fewer than real text has, so that the estimate errs upwards; Started corrects it
+STICKY_KEY, STICKY_BYTES = "argosy-sticky-key", 128
 TEMPLATE_TOKENS = 16  # a message's share of a chat template
+
+
+def sticky_key(context: Any) -> str:
+    """What the caller wants to be told apart by where an alias is split, such as its own user's id; "": each request by itself.
+
+    Raises:
+        MetadataInvalid: twice, or longer than 128 bytes.
+    """
+    values = [value for key, value in context.invocation_metadata() if key == STICKY_KEY]
+    if len(values) > 1 or any(len(value) > STICKY_BYTES for value in values):
+        raise MetadataInvalid(STICKY_KEY)
+    return str(values[0]) if values else ""
 
 
 def tokens_of(size: int) -> int:
@@ -23,7 +36,7 @@ def tokens_of(size: int) -> int:
     return -(-size // BYTES_PER_TOKEN)
 
 
-def plan(
+async def plan(
     relay: Relay,
     request: Any,
     context: Any,
@@ -39,16 +52,16 @@ def plan(
     """Check `request` and price it. Any inference request: it has model, request_id, work_class.
 
     `size` is its bytes of prompt (unset: all of it); `outputs` answers of at most `asked` tokens each (unset: the ceiling) are reserved.
-    Raises what bounds.check, Catalog.resolve and catalog.require raise, FieldOutOfRange over the ceiling, NotStarted without replicas.
+    Raises what bounds.check, Relay.resolve and catalog.require raise, FieldOutOfRange over the ceiling, NotStarted without replicas.
     """
     bounds.check(request)
     who = caller()
-    served = relay.fleet.resolve(request.model, who.models)
-    require(served, capability)
     request_id = request.request_id or who.request_id or str(uuid.uuid4())
     who = dataclasses.replace(who, request_id=request_id)
     kept = [pair for pair in context.trailing_metadata() or () if pair[0] != status.REQUEST_ID_KEY]
     context.set_trailing_metadata((*kept, (status.REQUEST_ID_KEY, request_id)))
+    served = await relay.resolve(request.model, who, sticky_key(context) or request_id)
+    require(served, capability)
     ceiling = ceiling_of(relay, who.output_token_ceiling)
     if asked is not None and asked > ceiling:
         raise FieldOutOfRange("config.stopping.max_output_tokens", asked, ceiling, "tokens")
@@ -108,6 +121,13 @@ def encoding(made: Plan, request: Any, **task: Any) -> engine_pb2.EncodeRequest:
     return engine_pb2.EncodeRequest(request_id=made.caller.request_id, model=served_model(made), work_class=request.work_class, **task)
 
 
+def attribution(made: Plan, request: Any) -> engine_pb2.AttributeRequest:
+    """The same for an explanation."""
+    return engine_pb2.AttributeRequest(
+        request_id=made.caller.request_id, model=served_model(made), explain=request, work_class=request.work_class
+    )
+
+
 def served_model(made: Plan) -> content_pb2.ServedModel:
     """What the name was resolved to, fixed at admission."""
-    return content_pb2.ServedModel(version=made.served.name, base_digest=made.served.digest)
+    return content_pb2.ServedModel(version=made.served.name, base_digest=made.served.digest, adapter_digest=made.served.adapter)

@@ -23,7 +23,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from opentelemetry import trace
 
-from argosy.v1 import stream_pb2, usage_pb2
+from argosy.v1 import explanation_pb2, stream_pb2, usage_pb2
 from argosy_internal.engine.v1 import engine_pb2
 from services.chassis import status
 from services.chassis.channel import remaining
@@ -32,6 +32,7 @@ from services.chassis.errors import (
     DeadlineExceeded,
     KeyRevoked,
     NotStarted,
+    ResourceNotFound,
     ServiceError,
     Shed,
     SlowConsumer,
@@ -115,6 +116,14 @@ class Fleet(Protocol):
 
     async def enter(self, served: Served, ask: Ask, *, stream: bool) -> Place:
         """A place on one of its replicas."""
+        ...
+
+
+class Names(Protocol):
+    """A project's own models; see registry.OwnModels."""
+
+    async def resolve(self, name: str, who: Caller, sticky: str) -> Served:
+        """The version that answers to `name`."""
         ...
 
 
@@ -244,7 +253,7 @@ class _Account:
     def measure(self, telemetry: Telemetry) -> None:
         """One generation as the conventions for generative models name it. Labels are our own words and served models' names."""
         used, ended = self.used(), time.monotonic()
-        names = {"gen_ai.operation.name": _operation(self.plan.method), "gen_ai.request.model": self.plan.served.name}
+        names = {"gen_ai.operation.name": _operation(self.plan.method), "gen_ai.request.model": self.plan.served.shared}
         self.show(names, used)
         kind = names | {"argosy.service": "gateway"}
         error = {} if self.outcome is Outcome.DONE else {"error.type": self.outcome.value}
@@ -461,11 +470,19 @@ class Relay:
     """Carries calls to replicas; see the module."""
 
     def __init__(
-        self, fleet: Fleet, ledger: Ledger, placing: Placing, *, revocations: Revocations | None = None, telemetry: Telemetry | None = None
+        self,
+        fleet: Fleet,
+        ledger: Ledger,
+        placing: Placing,
+        *,
+        own: Names | None = None,
+        revocations: Revocations | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.fleet = fleet
         self.ledger = ledger
         self.placing = placing
+        self._own = own
         self._revocations = revocations
         self.telemetry = telemetry or Telemetry.off()
         self._background: set[asyncio.Task[None]] = set()
@@ -497,6 +514,14 @@ class Relay:
         finally:
             self.telemetry.record("argosy.ledger.duration", time.monotonic() - began, {"argosy.operation": operation})
 
+    async def resolve(self, name: str, who: Caller, sticky: str) -> Served:
+        """What answers `who` under `name`. `sticky` decides on which side of a split alias. Raises what Fleet and Names do."""
+        if not name.startswith("projects/"):
+            return self.fleet.resolve(name, who.models)
+        if self._own is None:
+            raise ResourceNotFound("model")
+        return await self._own.resolve(name, who, sticky)
+
     # --- the three kinds of call ------------------------------------------------------------------------------------------------
 
     async def stream(self, plan: Plan, request: engine_pb2.GenerateRequest, context: Any) -> Events:
@@ -521,6 +546,15 @@ class Relay:
             reply: engine_pb2.EncodeResponse = await self._unary(account, request, context, "Encode")
             account.usage = getattr(reply, reply.WhichOneof("result") or "classify").usage
             account.failed = False
+            return reply
+
+    async def attribute(self, plan: Plan, request: engine_pb2.AttributeRequest, context: Any) -> explanation_pb2.ExplainResponse:
+        """The replica's explanation."""
+        async with self._attempt(plan) as account:
+            request.generation_id = account.generation_id
+            await self._enter(account)
+            reply: explanation_pb2.ExplainResponse = await self._unary(account, request, context, "Attribute")
+            account.usage, account.failed = reply.usage, False
             return reply
 
     async def ask(self, plan: Plan, method: str, request: Any, context: Any) -> Any:
@@ -593,6 +627,7 @@ class Relay:
             latest_end=now + left if left < soft else math.inf,  # what is cut by a soft limit ends well however slow it was
             key=affinity(plan.caller.project_uid, plan.prefix),
             prompt_tokens=plan.input_tokens,
+            adapter=plan.served.adapter,
         )
 
     async def _enter(self, account: _Account, *, stream: bool = False) -> Place:
