@@ -12,7 +12,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -460,7 +460,7 @@ class Objects:
         """See SyncObjects."""
         return await self.run(self.sync.get_range, path, start, length)
 
-    async def stream(self, path: str, start: int = 0) -> AsyncIterator[bytes]:
+    async def stream(self, path: str, start: int = 0) -> AsyncGenerator[bytes, None]:
         """See SyncObjects."""
         pieces = self.sync.stream(path, start)
         try:

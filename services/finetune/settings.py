@@ -41,12 +41,27 @@ class JobQuotas:
 
 
 @dataclass(frozen=True)
+class DatasetSettings:
+    """What one project may store, and how rows are validated. 0: unlimited."""
+
+    upload_bytes: int = field(default=10 << 30, metadata={"minimum": 0})  # of one version (V3)
+    stored_bytes_per_project: int = field(default=100 << 30, metadata={"minimum": 0})  # versions and open uploads together
+    rows_per_version: int = field(default=5_000_000, metadata={"minimum": 0})  # V3
+    open_uploads_per_project: int = field(default=16, metadata={"minimum": 0})
+    row_tokens: int = field(default=2_048, metadata={"minimum": 0})  # V9 warns of longer rows
+    validators: int = field(default=1, metadata={"minimum": 0, "maximum": 64})  # validations at once, a process each
+    validator_memory_bytes: int = field(default=2 << 30, metadata={"minimum": 0})  # of each
+    erase_seconds: float = field(default=2.0, metadata={"minimum": 0.02})  # between looks for what expired or is to be erased
+
+
+@dataclass(frozen=True)
 class FineTuneSettings:
     """One control plane of fine-tuning."""
 
     listener: Listener = field(default_factory=Listener)
     jobs: JobSettings = field(default_factory=JobSettings)
     quotas: JobQuotas = field(default_factory=JobQuotas)
+    datasets: DatasetSettings = field(default_factory=DatasetSettings)
     database_url: str = ""  # postgresql://…; empty: the fleet's embedded server
     database_connections: int = field(default=8, metadata={"minimum": 2, "maximum": 64})
     store_url: str = ""  # object store: file:///…, s3://…, gs://…, az://…, memory://; empty: the fleet's folder

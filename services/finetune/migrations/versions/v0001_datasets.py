@@ -69,7 +69,7 @@ TABLES: tuple[str, ...] = (
     # The same bytes read the same way are one live version of a dataset, never of two.
     """
     CREATE UNIQUE INDEX dataset_versions_bytes ON dataset_versions (project_uid, dataset_uid, sha256, layout)
-    WHERE state IN ('VALIDATING', 'READY') AND sha256 <> ''
+    WHERE state IN ('VALIDATING', 'READY') AND source_uid IS NULL
     """,
     "CREATE INDEX dataset_versions_work ON dataset_versions (create_time) WHERE state = 'VALIDATING'",
     "CREATE INDEX dataset_versions_expiry ON dataset_versions (expire_time) WHERE expire_time IS NOT NULL AND state <> 'DELETED'",

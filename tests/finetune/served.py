@@ -1,0 +1,144 @@
+"""DatasetService over real gRPC for tests: a PostgreSQL of their own, a folder of objects, callers signed as the gateway signs them."""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import google_crc32c
+import grpc
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from argosy.v1 import dataset_pb2 as pb
+from argosy.v1 import dataset_pb2_grpc
+from services.chassis.identity import CALLER_KEY, Caller, CallerSigner, CallerVerifier
+from services.chassis.interceptors import Policy, verified
+from services.chassis.lists import PageTokens
+from services.chassis.objects import Objects, open_objects
+from services.chassis.server import Listener, serve
+from services.finetune.servicers.dataset import SERVICE, DatasetServicer
+from services.finetune.servicers.resources import Desk
+from services.finetune.settings import DatasetSettings
+from services.finetune.store import FineTuneStore, open_store
+from services.finetune.validating import Validators
+
+KEY = Ed25519PrivateKey.generate()
+AUDIENCE = "argosy.finetune"
+DEFAULTS = DatasetSettings()
+SCOPES = frozenset({"datasets.read", "datasets.write", "datasets.content"})
+
+
+@dataclass
+class Tenant:
+    """A project and a stub that calls for it."""
+
+    stub: Any
+    project: str
+    uid: str = field(default_factory=lambda: str(uuid4()))
+    scopes: frozenset[str] = SCOPES
+
+    def metadata(self) -> tuple[tuple[str, bytes], ...]:
+        caller = Caller(self.uid, self.project, str(uuid4()), self.scopes, str(uuid4()), "")
+        return ((CALLER_KEY, CallerSigner(KEY, "test").sign(caller, AUDIENCE, time.time())),)
+
+    async def __call__(self, method: str, request: Any) -> Any:
+        return await getattr(self.stub, method)(request, metadata=self.metadata(), timeout=20)
+
+    async def dataset(self, name: str = "news", form: str = "CLASSIFY", **values: Any) -> pb.Dataset:
+        request = pb.CreateDatasetRequest(parent=f"projects/{self.project}", dataset_id=name)
+        request.dataset.CopyFrom(pb.Dataset(format=pb.DatasetFormat.Value(f"DATASET_FORMAT_{form}"), **values))
+        return await self("CreateDataset", request)
+
+    async def write(self, upload: pb.Upload, data: bytes, offset: int = 0, epoch: int | None = None, size: int = 65_536) -> int:
+        """Bytes stored, after `data` was sent from `offset` on."""
+
+        async def requests() -> AsyncIterator[pb.WriteUploadRequest]:
+            yield pb.WriteUploadRequest(header=pb.UploadHeader(upload=upload.name, writer_epoch=epoch or upload.writer_epoch))
+            for at in range(0, len(data), size):
+                piece = data[at : at + size]
+                yield pb.WriteUploadRequest(chunk=pb.UploadChunk(offset=offset + at, data=piece, crc32c=google_crc32c.value(piece)))
+
+        reply = await self.stub.WriteUpload(requests(), metadata=self.metadata(), timeout=60)
+        return reply.persisted_bytes
+
+    async def finalize(self, upload: pb.Upload, data: bytes, skip: bool = False) -> pb.DatasetVersion:
+        on_error = pb.ON_ROW_ERROR_SKIP if skip else pb.ON_ROW_ERROR_REJECT
+        asked = pb.FinalizeUploadRequest(
+            name=upload.name, total_bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), on_error=on_error
+        )
+        return await self("FinalizeUpload", asked)
+
+    async def upload(self, dataset: str, data: bytes, skip: bool = False) -> pb.DatasetVersion:
+        """A version of these bytes, VALIDATING."""
+        upload = await self("CreateUpload", pb.CreateUploadRequest(parent=dataset))
+        assert await self.write(upload, data) == len(data)
+        return await self.finalize(upload, data, skip)
+
+    async def validated(self, name: str) -> pb.DatasetVersion:
+        """The version once it is READY or REJECTED."""
+        async with asyncio.timeout(30):
+            while (version := await self("GetDatasetVersion", pb.GetDatasetVersionRequest(name=name))).state == version.STATE_VALIDATING:
+                await asyncio.sleep(0.02)
+        return version
+
+    async def version(self, dataset: str, data: bytes, skip: bool = False) -> pb.DatasetVersion:
+        """A version of these bytes, READY or REJECTED."""
+        return await self.validated((await self.upload(dataset, data, skip)).name)
+
+    async def findings(self, version: str, **asked: Any) -> list[tuple[int, int, str, str]]:
+        reply = await self("ListRowErrors", pb.ListRowErrorsRequest(parent=version, page_size=1_000, **asked))
+        return [(found.line, found.byte_offset, found.field, found.rule) for found in reply.row_errors]
+
+
+@dataclass
+class Served:
+    """What a test talks to, and what is behind it."""
+
+    address: str
+    channel: grpc.aio.Channel
+    store: FineTuneStore
+    objects: Objects
+    servicer: DatasetServicer
+    validators: Validators
+
+    def tenant(self, project: str = "") -> Tenant:
+        return Tenant(dataset_pb2_grpc.DatasetServiceStub(self.channel), project or f"t-{uuid4().hex[:8]}")
+
+
+@asynccontextmanager
+async def datasets_served(
+    database_url: str, folder: Any, settings: DatasetSettings = DEFAULTS, *, validate: bool = True, **values: Any
+) -> AsyncIterator[Served]:
+    """Serve, with validators if wanted."""
+    url = f"file://{folder}"
+    objects = open_objects(url)
+    async with open_store(database_url, wait=True) as store:
+        validators = Validators(store, objects, url, settings)
+        servicer = DatasetServicer(Desk(store, PageTokens(os.urandom(32))), objects, settings, changed=validators.wake, **values)
+        verifier = CallerVerifier({"test": KEY.public_key()}, AUDIENCE)
+        policy = Policy(authenticate=verified(verifier), deadline_cap_s=lambda method: 60.0)
+        async with serve(
+            Listener(),
+            lambda server: dataset_pb2_grpc.add_DatasetServiceServicer_to_server(servicer, server),
+            [SERVICE],
+            policy=policy,
+        ) as serving:
+            await serving.ready()
+            working = asyncio.create_task(validators.run()) if validate else None
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            async with grpc.aio.insecure_channel(serving.address, options=options) as channel:
+                try:
+                    yield Served(serving.address, channel, store, objects, servicer, validators)
+                finally:
+                    if working is not None:
+                        working.cancel()
+                        with contextlib.suppress(asyncio.CancelledError):
+                            await working
+            await serving.drain(announce_s=0, grace_s=0)
+    objects.close()
