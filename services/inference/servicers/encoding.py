@@ -47,11 +47,13 @@ Left = Callable[[], float]
 class Spending:
     """The engine's counts of one request, kept where the door can read them whatever happens."""
 
-    def __init__(self, who: Who, work: Work, usage: usage_pb2.Usage, left_s: Left) -> None:
+    def __init__(self, who: Who, work: Work, usage: usage_pb2.Usage, left_s: Left, *, passes: bool = False) -> None:
+        """`passes`: the request is billed by passes, and each call that read something is one."""
         self.who = who
         self.work = work
         self.left_s = left_s
         self._usage = usage
+        self._passes = passes
         self._number = itertools.count(1)
 
     def id(self) -> str:
@@ -68,6 +70,7 @@ class Spending:
         self._usage.input_tokens += done.usage.input_tokens
         self._usage.cached_input_tokens += done.usage.cached_input_tokens
         self._usage.output_tokens += done.usage.output_tokens
+        self._usage.passes += self._passes and done.usage.input_tokens > 0
         if done.error is not None:
             raise refusal(done.error)
 
@@ -125,7 +128,8 @@ class Encoder:
 
     # --- the engine -----------------------------------------------------------------------------------------------------------------
 
-    async def _ask(self, call: Score | Embed, spending: Spending) -> Scored | Embedded:
+    async def ask(self, call: Score | Embed, spending: Spending) -> Scored | Embedded:
+        """The engine's answer to one call, at `spending`."""
         reply: Scored | Embedded | None = None
         try:
             # Leaving it early ends the call.
@@ -147,7 +151,7 @@ class Encoder:
         assert reply is not None  # a Done without error follows an answer
         return reply
 
-    async def _score(
+    async def score(
         self,
         prefix: Sequence[int],
         continuations: Sequence[Sequence[int]],
@@ -155,6 +159,7 @@ class Encoder:
         probes: Sequence[int] = (),
         first_probes: Sequence[int] = (),
     ) -> Scored:
+        """Continuations of a prompt, in the order asked."""
         who = spending.who
         call = Score(
             id=spending.id(),
@@ -167,7 +172,7 @@ class Encoder:
             first_probes=tuple(first_probes),
             work_class=who.work_class,
         )
-        reply = await self._ask(call, spending)
+        reply = await self.ask(call, spending)
         assert isinstance(reply, Scored)  # what a Score is answered with
         return reply
 
@@ -190,8 +195,8 @@ class Encoder:
         async def one(text: str) -> language_pb2.Classification:
             script = tasks.script(text)
             if script not in baseline_work:
-                baseline_work[script] = asyncio.ensure_future(self._baseline(script, labels, instruction, wording, spending))
-            scores, count = await self._label_scores(text, labels, wording, spending)
+                baseline_work[script] = asyncio.ensure_future(self.bias(script, labels, instruction, wording, spending))
+            scores, count = await self.label_scores(text, labels, wording, spending)
             contrast = [score - bias for score, bias in zip(scores, await baseline_work[script], strict=True)]
             chances = [tasks.independent(one) for one in contrast] if asked.multi_label else tasks.softmax(contrast)
             ranked = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])[: asked.top_k or len(labels)]
@@ -205,11 +210,11 @@ class Encoder:
                 work.cancel()
         return language_pb2.ClassifyTextResponse(results=results, calibration=language_pb2.CALIBRATION_NONE)
 
-    async def _label_scores(
+    async def label_scores(
         self, text: str, labels: Sequence[str], wording: Callable[[str], tasks.Wording], spending: Spending
     ) -> tuple[list[float], int]:
         """Length-normalised log-likelihood of each label after the text; over windows, their mean. And how many windows."""
-        continuations = await self._continuations(labels)
+        continuations = await self.continuations(labels)
         frame = len(await self._planner.wording(wording(""))) + max(map(len, continuations))
         size = min(WINDOW_TOKENS, self._planner.hello.context - frame)
         if size < 1:
@@ -217,16 +222,16 @@ class Encoder:
         parts = await self._planner.windows(text, size, size // OVERLAP)
         rows = []
         for part in parts:
-            reply = await self._score(await self._planner.wording(wording(part)), continuations, spending)
+            reply = await self.score(await self._planner.wording(wording(part)), continuations, spending)
             rows.append([tasks.normalised(continuation.logprobs) for continuation in reply.continuations])
         return [sum(column) / len(rows) for column in zip(*rows, strict=True)], len(rows)
 
-    async def _continuations(self, texts: Sequence[str]) -> list[list[int]]:
+    async def continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """What follows a prompt's end: after a blank where the prompt is plain."""
         blank = " " if self._planner.plain else ""
         return await self._planner.tokenizer.aencode_batch([blank + text for text in texts])
 
-    async def _baseline(
+    async def bias(
         self, script: str, labels: Sequence[str], instruction: str, wording: Callable[[str], tasks.Wording], spending: Spending
     ) -> list[float]:
         """What each label scores under texts that say nothing about it: the prompt's own bias.
@@ -237,7 +242,7 @@ class Encoder:
         known = self._baselines.get(key)
         if known is None:
             texts = tasks.NEUTRAL_TEXTS[script]
-            rows = await spending.each([partial(self._label_scores, text, labels, wording, spending) for text in texts])
+            rows = await spending.each([partial(self.label_scores, text, labels, wording, spending) for text in texts])
             known = [sum(column) / len(rows) for column in zip(*(scores for scores, _ in rows), strict=True)]
             self._baselines[key] = known
         self._baselines.move_to_end(key)
@@ -253,11 +258,11 @@ class Encoder:
         if len(tags) == 1:
             return Language(tags[0], languages.LANGUAGES[tags[0]])
         spending = Spending(who, work, usage, left_s)
-        names = await self._continuations([languages.LANGUAGES[tag] for tag in tags])
+        names = await self.continuations([languages.LANGUAGES[tag] for tag in tags])
 
         async def scores(sample: str) -> list[float]:
             prefix = await self._planner.text(tasks.detect_language(sample))
-            return [tasks.normalised(one.logprobs) for one in (await self._score(prefix, names, spending)).continuations]
+            return [tasks.normalised(one.logprobs) for one in (await self.score(prefix, names, spending)).continuations]
 
         said, bias = await scores(text[:500]), await scores("...")
         place = max(range(len(tags)), key=lambda at: said[at] - bias[at])
@@ -289,7 +294,7 @@ class Encoder:
                 cache_salt=spending.who.cache_salt,
                 work_class=spending.who.work_class,
             )
-            reply = await self._ask(call, spending)
+            reply = await self.ask(call, spending)
             assert isinstance(reply, Embedded)  # what an Embed is answered with
             return list(reply.vectors)
 
@@ -345,13 +350,13 @@ class Encoder:
         none = (await tokenizer.aencode_batch([blank + tasks.NO_ANSWER]))[0]
         probes = tuple(dict.fromkeys(head[0] for head in heads))
         ends = (*self._planner.hello.end_token_ids, *(tokenizer.newline_ids if self._planner.plain else ()))
-        reply = await self._score(prefix, [none], spending, ends, probes)
+        reply = await self.score(prefix, [none], spending, ends, probes)
         none_score = sum(reply.continuations[0].logprobs) + spans.logsumexp(reply.continuations[0].probes[-1])
         none_score += NO_ANSWER_NATS if self._planner.plain else 0.0
         likely = dict(zip(probes, reply.first_probes, strict=True))
         ranked = sorted(heads, key=lambda head: -likely[head[0]])[:HEAD_BEAM]
         if len(ranked) > START_BEAM:
-            begun = await self._score(prefix, ranked, spending)
+            begun = await self.score(prefix, ranked, spending)
             totals = {head: sum(one.logprobs) for head, one in zip(ranked, begun.continuations, strict=True)}
             ranked = sorted(ranked, key=lambda head: -totals[head])[:START_BEAM]
         chosen = sorted(one for head in ranked for one in heads[head][:SAME_HEAD])
@@ -362,7 +367,7 @@ class Encoder:
         alive = list(range(len(chosen)))
         # Most answers are short: the rest of a long one is scored only where it can still matter.
         for reach in (SHORT_SPAN_TOKENS, SPAN_TOKENS):
-            reply = await self._score(prefix, [[piece.id for piece in pieces[one][:reach]] for one in alive], spending, ends)
+            reply = await self.score(prefix, [[piece.id for piece in pieces[one][:reach]] for one in alive], spending, ends)
             totals_at: dict[int, float] = {}
             for one, continuation in zip(alive, reply.continuations, strict=True):
                 total = 0.0

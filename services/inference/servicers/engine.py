@@ -3,14 +3,15 @@
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
-from argosy.v1 import generation_pb2, model_pb2, stream_pb2, usage_pb2
+from argosy.v1 import explanation_pb2, generation_pb2, model_pb2, stream_pb2, usage_pb2
 from argosy.v1.config_pb2 import GenerationConfig
 from argosy.v1.config_pb2 import WorkClass as PublicWorkClass
 from argosy_internal.engine.v1 import engine_pb2, engine_pb2_grpc
@@ -24,6 +25,7 @@ from services.inference.engine.calls import Hello, Load, Sampling, WorkClass
 from services.inference.engine.host import Host
 from services.inference.servicers.config import asked_from_proto, default_config
 from services.inference.servicers.encoding import Encoder
+from services.inference.servicers.explaining import Explainer
 from services.inference.servicers.generating import Generation, Who, served
 from services.inference.servicers.measured import Work
 from services.inference.servicers.outbox import Outbox
@@ -36,6 +38,7 @@ __all__ = ["USAGE_KEY", "EngineServicer", "Model", "Pace"]
 USAGE_KEY = "argosy-usage-bin"  # argosy.v1.Usage in the trailers of every end that has no Completed
 ACCEPTED = (("argosy-accepted", "1"),)  # initial metadata: what the gateway knows an accepted call by
 VERSION = "0.1.0"
+Reply = TypeVar("Reply")
 WORK = {PublicWorkClass.WORK_CLASS_BATCH: WorkClass.BATCH}
 
 
@@ -78,6 +81,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._model: Model | None = None
         self._planner: Planner | None = None
         self._encoder: Encoder | None = None
+        self._explainer: Explainer | None = None
         self._running: dict[tuple[str, str], Generation] = {}  # by project and generation id
         self._encoding: dict[tuple[str, str], asyncio.Task[Any]] = {}
 
@@ -85,6 +89,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         """The engine said Hello: answer from now on."""
         self._planner = Planner(model.tokenizer, model.template, model.hello)
         self._encoder = Encoder(self._host, self._planner)
+        self._explainer = Explainer(self._host, self._planner, self._encoder)
         self._model = model
 
     # --- generation ---------------------------------------------------------------------------------------------------------------
@@ -189,15 +194,32 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         bounds.check(request)
         model, caller, who = self._enter(request.model.base_digest, request.model.adapter_digest, request)
         assert self._encoder is not None  # `warm` set it
-        self._admit(0)
-        key = (caller.project_uid, request.generation_id)
-        if key in self._encoding:
-            raise NotStarted
-        await context.send_initial_metadata(ACCEPTED)
         spent = usage_pb2.Usage()
         answers = served(request.model, model.hello.digest)
         work = self._work(model, request.WhichOneof("task"))
-        task = asyncio.create_task(self._encoder.encode(request, who, work, answers, spent, _left_s), name="encoding")
+        encoding = partial(self._encoder.encode, request, who, work, answers, spent, _left_s)
+        return await self._answer(encoding, (caller.project_uid, request.generation_id), work, spent, context)
+
+    async def Attribute(self, request: engine_pb2.AttributeRequest, context: Any) -> explanation_pb2.ExplainResponse:
+        """What in an input speaks for a label or a continuation."""
+        bounds.check(request)
+        model, caller, who = self._enter(request.model.base_digest, request.model.adapter_digest, request)
+        assert self._explainer is not None  # `warm` set it
+        spent = usage_pb2.Usage()
+        answers = served(request.model, model.hello.digest)
+        work = self._work(model, "explain")
+        explaining = partial(self._explainer.explain, request.explain, who, work, answers, spent, _left_s)
+        return await self._answer(explaining, (caller.project_uid, request.generation_id), work, spent, context)
+
+    async def _answer(
+        self, answer: Callable[[], Coroutine[Any, Any, Reply]], key: tuple[str, str], work: Work, spent: usage_pb2.Usage, context: Any
+    ) -> Reply:
+        """Admit, then run to a reply in one message; Abort finds it by its key, and whatever ends it early tells what was `spent`."""
+        self._admit(0)
+        if key in self._encoding:
+            raise NotStarted
+        await context.send_initial_metadata(ACCEPTED)
+        task = asyncio.create_task(answer(), name="encoding")
         self._encoding[key] = task
         try:
             with work.measured(lambda: spent):
@@ -329,7 +351,7 @@ def new_instance() -> str:
 
 def _capabilities(template: ChatTemplate) -> Sequence[model_pb2.ModelCapability.ValueType]:
     names = ["GENERATE", "CHAT_PLAIN" if template.name == "plain" else "CHAT_TEMPLATE"]
-    names += ["CLASSIFY_ZERO_SHOT", "EMBED", "ANSWER_EXTRACTIVE", "LOGPROBS", "PROMPT_LOGPROBS", "LOGIT_BIAS", "SEED"]
+    names += ["CLASSIFY_ZERO_SHOT", "EMBED", "ANSWER_EXTRACTIVE", "EXPLAIN", "LOGPROBS", "PROMPT_LOGPROBS", "LOGIT_BIAS", "SEED"]
     return [model_pb2.ModelCapability.Value(f"MODEL_CAPABILITY_{name}") for name in names]
 
 

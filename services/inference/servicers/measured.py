@@ -16,7 +16,7 @@ from services.inference.engine.host import Host
 __all__ = ["EngineCall", "Work"]
 
 SPANS = 32  # engine calls of one request that are shown: a classification of a thousand texts makes thousands
-OPERATIONS = {  # of GenerateRequest.prompt and EncodeRequest.task: the conventions' word where they have one, else the method's name
+OPERATIONS = {  # of a request's oneof field: the conventions' word where they have one, else the method's name
     "text": "text_completion",
     "chat": "chat",
     "summarize": "SummarizeText",
@@ -24,6 +24,7 @@ OPERATIONS = {  # of GenerateRequest.prompt and EncodeRequest.task: the conventi
     "classify": "ClassifyText",
     "embed": "embeddings",
     "answer": "AnswerQuestion",
+    "explain": "Explain",
 }
 
 
