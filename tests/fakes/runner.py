@@ -9,10 +9,11 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from struct import pack
+from typing import Any
 
 from services.inference.engine.calls import Hello, Sampling
 from services.inference.engine.settings import EngineSettings
-from services.inference.engine.step import BLOCK_SIZE, Probe, Row, RowResult
+from services.inference.engine.step import BLOCK_SIZE, Adapter, AdapterProblem, Probe, Row, RowResult
 
 START = 1
 
@@ -26,9 +27,14 @@ def absorb(state: int, token: int) -> int:
     return zlib.crc32(pack("<q", token), state)
 
 
-def history_of(tokens: Sequence[int]) -> int:
+def start_of(adapter: str) -> int:
+    """The cell before the first token: another for each adapter's digest, so that none can read what another wrote."""
+    return zlib.crc32(adapter.encode(), START) if adapter else START
+
+
+def history_of(tokens: Sequence[int], adapter: str = "") -> int:
     """The cell of the last of `tokens`."""
-    state = START
+    state = start_of(adapter)
     for token in tokens:
         state = absorb(state, token)
     return state
@@ -42,9 +48,17 @@ def next_token(state: int, sampling: Sampling, index: int, position: int, vocabu
     return token
 
 
-def alone(prompt: Sequence[int], sampling: Sampling, index: int, count: int, vocabulary: int, barred: Sequence[int] = ()) -> list[int]:
+def alone(
+    prompt: Sequence[int],
+    sampling: Sampling,
+    index: int,
+    count: int,
+    vocabulary: int,
+    barred: Sequence[int] = (),
+    adapter: str = "",
+) -> list[int]:
     """`count` tokens as the fake would say them with nobody else there."""
-    state, tokens = history_of(prompt), list[int]()
+    state, tokens = history_of(prompt, adapter), list[int]()
     for position in range(count):
         tokens.append(next_token(state, sampling, index, position, vocabulary, barred))
         state = absorb(state, tokens[-1])
@@ -73,6 +87,7 @@ class FakeRunner:
         fails: Callable[[Sequence[Row]], None] | None = None,
         spoils: Callable[[Row], bool] | None = None,
         gate: threading.Event | None = None,
+        slots: int = 0,
     ) -> None:
         self.blocks = blocks
         self.vocabulary = vocabulary
@@ -82,6 +97,10 @@ class FakeRunner:
         self.fails = fails
         self.spoils = spoils
         self.gate = gate
+        self.slots = slots
+        self.adapters: dict[tuple[str, str], Adapter] = {}  # what `fetch` finds, by owner and digest
+        self.installed: dict[int, str] = {}  # slot → digest
+        self.mixed = 0  # most adapters in one step
         self.steps = 0
         self.computed = 0  # tokens, in steps that succeeded
         self.widest = 0  # tokens of the largest step that succeeded
@@ -103,6 +122,7 @@ class FakeRunner:
         if self.fails is not None:
             self.fails(rows)
         self._check_writes(rows)
+        self.mixed = max(self.mixed, len({row.adapter for row in rows} - {0}))
         results = [self._compute(row) for row in rows]
         self.computed += tokens
         self.drawn += sum(row.draw is not None for row in rows)
@@ -113,6 +133,24 @@ class FakeRunner:
     def forget(self, key: int) -> None:
         self.forgotten.add(key)
         self._means.pop(key, None)
+
+    def tune(self, owner: str, digest: str, **fields: Any) -> str:
+        """Let an adapter exist; returns its digest."""
+        known: dict[str, Any] = {"weights": digest, "memory_bytes": 1, "rank": 1}
+        self.adapters[owner, digest] = Adapter(**known | fields)
+        return digest
+
+    def fetch(self, owner: str, digest: str) -> Adapter:
+        if (owner, digest) not in self.adapters:
+            raise AdapterProblem("adapter_unknown", "not scripted")
+        return self.adapters[owner, digest]
+
+    def install(self, slot: int, adapter: Adapter | None) -> None:
+        if not 1 <= slot <= self.slots:
+            raise WrongBlock(f"there is no slot {slot}")
+        self.installed.pop(slot, None)
+        if adapter is not None:
+            self.installed[slot] = str(adapter.weights)
 
     def _check_writes(self, rows: Sequence[Row]) -> None:
         keys = [row.key for row in rows]
@@ -134,7 +172,9 @@ class FakeRunner:
             raise WrongBlock("a row without tokens")
         if len(row.blocks) * BLOCK_SIZE < row.start + len(row.tokens):
             raise WrongBlock(f"{len(row.blocks)} blocks for {row.start + len(row.tokens)} positions")
-        state = START
+        if row.adapter and row.adapter not in self.installed:
+            raise WrongBlock(f"slot {row.adapter} is empty")
+        state = start_of(self.installed[row.adapter] if row.adapter else "")
         if row.draw is not None:
             history = row.draw.history
             if list(history[row.start : row.start + len(row.tokens)]) != list(row.tokens) or len(history) != row.start + len(row.tokens):
@@ -172,6 +212,8 @@ class FakeRunner:
             self._means[row.key] = count + len(states), (total + sum(states)) % 2**32
             if row.pool_ends:
                 result.vector = pack("<f", self._means[row.key][1])
+        elif row.head:
+            result.vector = pack("<f", state)
         return result
 
     @staticmethod

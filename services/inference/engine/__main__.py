@@ -19,6 +19,7 @@ import traceback
 import msgspec
 
 from services.inference.engine.engine import Engine, offered, run
+from services.inference.engine.fetching import Fetcher
 from services.inference.engine.frames import FrameError, encode, to_engine
 from services.inference.engine.inbox import Inbox
 from services.inference.engine.settings import EngineSettings
@@ -103,7 +104,7 @@ def main(settings_json: str, fd: str, parent: str, build: str) -> int:
     # What is loaded stays: the collector need not walk it again and again between steps.
     gc.collect()
     gc.freeze()
-    engine = Engine(runner, hello, settings)
+    engine = Engine(runner, hello, settings, fetch=Fetcher(runner.fetch, inbox).ask)
     try:
         connection.sendall(encode([offered(hello, runner)]))
         run(engine, inbox, lambda events: connection.sendall(encode(events)))

@@ -13,7 +13,7 @@ from services.inference.engine.backend import Backend
 from services.inference.engine.calls import Hello, Sampling
 from services.inference.engine.eager import EagerBackend
 from services.inference.engine.kernels import Unsupported
-from services.inference.engine.runner import TorchRunner, pack
+from services.inference.engine.runner import Source, TorchRunner, pack
 from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import BLOCK_SIZE, Row
 from services.pretrained import weights
@@ -34,7 +34,7 @@ def build(settings: EngineSettings, progress: weights.Progress | None = None) ->
     device = _device(settings)
     backend = _backend(directory, settings, device, _dtype(settings, device))
     loaded = time.monotonic()
-    runner = TorchRunner(backend)
+    runner = TorchRunner(backend, _source(settings, digest))
     runner.warm_up(settings.step_tokens(device.type))
     if isinstance(backend, EagerBackend) and device.type == "cuda" and backend.dtype != torch.float32:
         settle_attention(backend)
@@ -49,6 +49,18 @@ def build(settings: EngineSettings, progress: weights.Progress | None = None) ->
         },
     )
     return runner, _hello(settings, directory, digest, runner)
+
+
+def _source(settings: EngineSettings, digest: str) -> Source | None:
+    """Where adapters come from; None without a store."""
+    if settings.store_url is None or not settings.adapter_slots:
+        return None
+    from services.chassis.objects import open_objects_sync  # neither is needed to serve the base alone
+    from services.chassis.signing import public_keys
+    from services.inference.engine.artifacts import Artifacts
+
+    url = settings.store_url
+    return Artifacts(lambda: open_objects_sync(url), public_keys(settings.manifest_public_keys), digest)
 
 
 def settle_attention(backend: EagerBackend) -> None:
@@ -130,4 +142,5 @@ def _hello(settings: EngineSettings, directory: Path, digest: str, runner: Torch
         ),
         end_token_ids=tuple(ends if isinstance(ends, list) else [] if ends is None else [ends]),
         backend=backend.name,
+        adapter_slots=runner.slots,
     )

@@ -131,7 +131,7 @@ class Prefetch(msgspec.Struct, frozen=True, tag=True):
 
 
 class Evict(msgspec.Struct, frozen=True, tag=True):
-    """Let go of an adapter: calls that use it end as CANCELLED, later ones must fetch it anew. Answered by `Done`."""
+    """Let go of an adapter: calls with it end as `adapter_unknown`, later ones must fetch it anew. Answered by `Done`."""
 
     id: str
     digest: str
@@ -252,6 +252,8 @@ class AdapterReady(msgspec.Struct, frozen=True, tag=True):
     max_tokens: int = 0  # of one window of a text to label, what precedes any text included
     method: str = ""  # CHAT, CLASSIFY or PREFERENCE
     template_hash: str = ""
+    rank: int = 0
+    memory_bytes: int = 0
     error: str | None = None
 
 

@@ -9,6 +9,7 @@ shrinks the step before it fails anybody, and every call ends through `_finish`,
 
 import heapq
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -16,9 +17,12 @@ from itertools import count
 
 import msgspec
 
+from services.inference.engine.adapters import Adapters, Entry, Fetched, key_of
+from services.inference.engine.adapters import State as Having
 from services.inference.engine.blocks import Blocks, root_key
 from services.inference.engine.calls import (
     Abort,
+    AdapterReady,
     Call,
     Done,
     Drain,
@@ -31,16 +35,16 @@ from services.inference.engine.calls import (
     Generate,
     Hello,
     Label,
+    Labelled,
     Load,
     Prefetch,
     Score,
     Stop,
     Timings,
-    ToEngine,
     Token,
     Usage,
 )
-from services.inference.engine.inbox import Inbox
+from services.inference.engine.inbox import Inbox, Message
 from services.inference.engine.live import MOST_OUTPUTS, Live, refusal
 from services.inference.engine.meter import Meter
 from services.inference.engine.scheduler import Plan, Scheduler
@@ -71,15 +75,26 @@ ERRORS = {
     "gap": "pooling missed earlier tokens of an input",
 }
 LOAD_EVERY_S = 0.1
+PATIENCE_S = 5.0  # between signs of life while calls wait for what only others can bring
 GROW_AFTER_STEPS = 64  # without running out of memory, before a shrunk budget doubles
 
 log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Calls in, events out, one step at a time; used by one thread. `clock` counts seconds."""
+    """Calls in, events out, one step at a time; used by one thread.
 
-    def __init__(self, runner: Runner, hello: Hello, settings: EngineSettings, clock: Callable[[], float] = time.monotonic) -> None:
+    `clock` counts seconds. `fetch` is asked for adapters that are not here, by key, and answers with `Fetched`.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        hello: Hello,
+        settings: EngineSettings,
+        clock: Callable[[], float] = time.monotonic,
+        fetch: Callable[[str], None] | None = None,
+    ) -> None:
         self.blocks = Blocks(runner.blocks, int(runner.blocks * settings.prefix_quota))
         self.draining = False
         self._runner = runner
@@ -87,7 +102,11 @@ class Engine:
         self._context = min(runner.context, runner.blocks * BLOCK_SIZE)
         self._most_waiting = settings.max_waiting
         self._most_tokens = settings.step_tokens(hello.device)
-        self._scheduler = Scheduler(self.blocks, self._most_tokens, settings.max_sequences)
+        self._slots = runner.slots if fetch is not None else 0
+        self._scheduler = Scheduler(self.blocks, self._most_tokens, settings.max_sequences, self._slots)
+        self._adapters = Adapters(fetch or (lambda key: None), clock)
+        self._expecting: dict[str, dict[int, Live]] = {}  # calls whose adapter is being fetched, by its key
+        self._prefetches: dict[str, tuple[Prefetch, Entry, float]] = {}  # by id, and until when
         self._clock = clock
         self._lives: dict[str, Live] = {}
         self._numbers = count()
@@ -102,19 +121,39 @@ class Engine:
         self._prefilled = self._decoded = 0  # tokens of this step
         self._load_at = float("-inf")
         self._was_busy = False
+        self._changes = 0  # of what adapters are here, as last reported
 
     @property
     def idle(self) -> bool:
-        """Nothing to compute and nothing to say."""
-        return not self._lives and not self._events
+        """Nothing to compute, to wait for or to say."""
+        return not self._lives and not self._prefetches and not self._events
 
-    def take(self, message: ToEngine) -> None:
+    @property
+    def wait_s(self) -> float | None:
+        """How long there is nothing to do until a message comes; None: however long."""
+        if self.idle:
+            return None
+        waiting = sum(map(len, self._expecting.values()))
+        if self._events or waiting < len(self._lives):
+            return 0.0
+        now, ends = self._clock(), [until for _, _, until in self._prefetches.values()]
+        due = min([*ends, self._alarms[0][0] if self._alarms else math.inf])
+        return max(0.0, min(due - now, PATIENCE_S))
+
+    def take(self, message: Message) -> None:
         """Act on one message. Its effect on running calls shows before their next step."""
         match message:
-            case Generate() | Score() | Embed():
+            case Generate() | Score() | Embed() | Label():
                 self._begin(message)
-            case Label() | Prefetch() | Evict():
-                self._events.append(Done(message.id, Usage(0, 0, 0), Timings(0.0, 0.0, 0.0), "no_adapters"))
+            case Prefetch():
+                self._prefetch(message)
+            case Evict():
+                for key in self._adapters.keys(message.digest, message.owner):
+                    self._lose(key, FinishReason.CANCELLED, "adapter_unknown")
+                    self._adapters.drop(key)
+                self._say_done(message.id)
+            case Fetched():
+                self._arrived(message)
             case Stop(id=id, index=index):
                 live = self._lives.get(id)
                 if live is not None and isinstance(live.call, Generate) and index < len(live.sequences):
@@ -124,6 +163,8 @@ class Engine:
                     live = self._lives.get(id)
                     if live is not None:
                         self._finish(live, FinishReason.CANCELLED)
+                    elif id in self._prefetches:
+                        self._answer_prefetch(id, "cancelled")
             case Drain():
                 self.draining = True
 
@@ -131,6 +172,8 @@ class Engine:
         """End what is due, compute one step, and return all that has happened since the last."""
         began = self._clock()
         self._expire(began)
+        for turn in self._scheduler.rotate(began):
+            self._install(turn.adapter, turn.slot)
         plan = self._scheduler.plan()
         if plan:
             for sequence, _ in plan:
@@ -141,13 +184,13 @@ class Engine:
             now = self._clock()
             self._meter.add(self._prefilled, self._decoded, len(plan), now - began)
             self._recover()
-        elif self._lives:
+        elif len(self._lives) > sum(map(len, self._expecting.values())):
             raise RuntimeError("calls are here, but none can run")
         else:
             now = began
         busy = bool(self._lives)
-        if busy is not self._was_busy or now - self._load_at >= LOAD_EVERY_S:
-            self._was_busy = busy
+        if busy is not self._was_busy or self._adapters.changes != self._changes or now - self._load_at >= LOAD_EVERY_S:
+            self._was_busy, self._changes = busy, self._adapters.changes
             self._load_at = now
             self._events.append(self.load())
         events, self._events = self._events, []
@@ -179,6 +222,7 @@ class Engine:
             steps=self._meter.steps,
             step_s=self._meter.step_s,
             batch=self._meter.batch,
+            adapters=self._adapters.ready,
         )
 
     # How a call begins and ends.
@@ -191,15 +235,27 @@ class Engine:
         if word is not None:
             if isinstance(call, Generate):
                 self._events.extend(Ended(call.id, index, FinishReason.ERROR) for index in range(min(call.outputs, MOST_OUTPUTS)))
-            self._events.append(Done(call.id, Usage(0, 0, 0), Timings(0.0, 0.0, 0.0), word))
+            self._say_done(call.id, word)
             return
         now = self._clock()
-        live = Live(call, next(self._numbers), now, root_key(call.cache_salt, call.tenant, self._digest), self._keys)
+        root = root_key(call.cache_salt, call.tenant, self._digest, call.adapter)
+        live = Live(call, next(self._numbers), now, root, self._keys)
         self._lives[call.id] = self._by_number[live.number] = live
         self._present += live.open
         self._alarm(now + call.deadline_s, live, FinishReason.DEADLINE)
         if isinstance(call, Generate) and call.time_limit_s is not None:
             self._alarm(now + call.time_limit_s, live, FinishReason.TIME_LIMIT)
+        if not call.adapter:
+            self._admit(live)
+            return
+        live.entry = self._adapters.use(key_of(call.owner, call.adapter))
+        if live.entry.state is Having.FETCHING:
+            self._expecting.setdefault(live.entry.key, {})[live.number] = live
+        else:
+            self._tune(live, live.entry)
+
+    def _admit(self, live: Live) -> None:
+        live.admitted = True
         for sequence in live.sequences[: 1 if live.held else None]:
             self._scheduler.add(sequence)
         if not live.sequences:  # nothing was asked: a Score without continuations, an Embed without inputs
@@ -208,6 +264,8 @@ class Engine:
     def _refusal(self, call: Call) -> str | None:
         if self.draining:
             return "draining"
+        if call.adapter and not self._slots:
+            return "no_adapters"
         if self._present - self._scheduler.running >= self._most_waiting:
             return "queue_full"
         return refusal(call, self._runner.vocabulary, self._context, self.blocks.count)
@@ -227,6 +285,8 @@ class Engine:
             self._events.append(live.scored(call))
         elif isinstance(call, Embed):
             self._events.append(Embedded(call.id, tuple(live.vectors[i] for i in range(len(call.inputs)))))
+        elif isinstance(call, Label):
+            self._events.append(Labelled(call.id, tuple(live.vectors[i] for i in range(len(call.inputs)))))
         self._finish(live, None)
 
     def _finish(self, live: Live, reason: FinishReason | None, error: str | None = None) -> None:
@@ -239,20 +299,24 @@ class Engine:
                 if isinstance(call, Generate) and reason is not None:
                     self._events.append(Ended(call.id, sequence.index, reason))
         del self._lives[call.id], self._by_number[live.number]
+        if live.entry is not None:
+            self._adapters.release(live.entry)
+            self._unexpect(live.entry.key, live.number)
         if error is None and reason is not None and not isinstance(call, Generate):
             error = reason.name.lower()
         self._events.append(Done(call.id, live.usage(finished=reason is None), live.timings(self._clock()), error))
 
     def _drop(self, live: Live, sequence: Sequence, suspect: bool = False, succession: bool = True) -> None:
-        if sequence in live.held:
-            live.held.remove(sequence)
+        if not live.admitted or sequence in live.held:
+            if sequence in live.held:
+                live.held.remove(sequence)
             sequence.withdraw(State.ENDED)
         else:
             self._scheduler.remove(sequence, suspect)
         self._runner.forget(sequence.key)
         self._present -= 1
         live.open -= 1
-        if succession and (heir := live.successor(sequence)) is not None:
+        if succession and live.admitted and (heir := live.successor(sequence)) is not None:
             self._scheduler.add(heir, front=True)
 
     def _alarm(self, when: float, live: Live, reason: FinishReason) -> None:
@@ -267,6 +331,105 @@ class Engine:
             live = self._by_number.get(number)
             if live is not None:
                 self._finish(live, reason)
+        for id in [id for id, (_, _, until) in self._prefetches.items() if until <= now]:
+            self._answer_prefetch(id, "deadline")
+
+    def _say_done(self, id: str, error: str | None = None) -> None:
+        """About a call that cost nothing."""
+        self._events.append(Done(id, Usage(0, 0, 0), Timings(0.0, 0.0, 0.0), error))
+
+    # Adapters.
+
+    def _prefetch(self, asked: Prefetch) -> None:
+        refused = "draining" if self.draining else "queue_full" if len(self._prefetches) >= self._most_waiting else None
+        refused = refused or (None if self._slots else "no_adapters")
+        if refused is not None:
+            self._events.append(AdapterReady(asked.id, asked.digest, error=refused))
+            self._say_done(asked.id, refused)
+            return
+        entry = self._adapters.use(key_of(asked.owner, asked.digest))
+        self._prefetches[asked.id] = asked, entry, self._clock() + asked.deadline_s
+        if entry.state is not Having.FETCHING:
+            self._answer_prefetch(asked.id, was_here=True)
+
+    def _answer_prefetch(self, id: str, error: str | None = None, was_here: bool = False) -> None:
+        asked, entry, _ = self._prefetches.pop(id)
+        self._adapters.release(entry)
+        error = error or entry.error or None
+        adapter = entry.adapter
+        if error is not None or adapter is None:
+            error = error or "cancelled"  # it was evicted while it came
+            self._events.append(AdapterReady(id, asked.digest, error=error))
+        else:
+            self._events.append(
+                AdapterReady(
+                    id,
+                    asked.digest,
+                    seconds=0.0 if was_here else self._clock() - entry.began,
+                    labels=adapter.labels,
+                    temperature=adapter.temperature,
+                    pooling=adapter.pooling,
+                    max_tokens=adapter.max_tokens,
+                    method=adapter.method,
+                    template_hash=adapter.template_hash,
+                    rank=adapter.rank,
+                    memory_bytes=adapter.memory_bytes,
+                )
+            )
+        self._say_done(id, error)
+
+    def _arrived(self, fetched: Fetched) -> None:
+        entry = self._adapters.arrived(fetched)
+        if entry is None:
+            return
+        for id in [id for id, (_, waited, _) in self._prefetches.items() if waited is entry]:
+            self._answer_prefetch(id)
+        for live in list(self._expecting.pop(entry.key, {}).values()):
+            self._tune(live, entry)
+        for key in self._adapters.surplus():
+            self._vacate(key)
+
+    def _tune(self, live: Live, entry: Entry) -> None:
+        """Its adapter is here, or will not come."""
+        error = entry.error or ("" if live.tune(entry) else "adapter_headless")
+        if error:
+            self._finish(live, FinishReason.ERROR, error)
+        else:
+            self._admit(live)
+
+    def _install(self, key: str, slot: int) -> None:
+        entry = next(live.entry for live in self._lives.values() if live.entry is not None and live.entry.key == key)
+        try:
+            self._runner.install(slot, entry.adapter)
+        except DeviceLost:
+            raise
+        except Exception as failure:  # a device without room, say: the adapter's calls end, the others go on
+            log.error("an adapter could not be installed", extra={"failure": type(failure).__name__})
+            self._adapter_failed(entry)
+
+    def _adapter_failed(self, entry: Entry) -> None:
+        """It is the adapter's fault: its other calls would fail alike."""
+        log.error("an adapter fails", extra={"adapter": entry.key.rpartition("/")[2]})
+        self._lose(entry.key, FinishReason.ERROR, "adapter_failed")
+        self._adapters.fail(entry, "adapter_failed")
+
+    def _lose(self, key: str, reason: FinishReason, error: str | None = None) -> None:
+        """End every call with an adapter, and take back its slot."""
+        for live in [live for live in self._lives.values() if live.entry is not None and live.entry.key == key]:
+            self._finish(live, reason, error)
+        for id in [id for id, (_, entry, _) in self._prefetches.items() if entry.key == key]:
+            self._answer_prefetch(id, error or reason.name.lower())
+        self._vacate(key)
+
+    def _vacate(self, key: str) -> None:
+        slot = self._scheduler.slots.forget(key)
+        if slot is not None:
+            self._runner.install(slot, None)
+
+    def _unexpect(self, key: str, number: int) -> None:
+        waiting = self._expecting.get(key)
+        if waiting is not None and waiting.pop(number, None) is not None and not waiting:
+            del self._expecting[key]
 
     # One step.
 
@@ -297,7 +460,10 @@ class Engine:
             # Where, not what: an exception's text may quote the input.
             where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(failure.__traceback__)[-3:]]
             log.error("a step failed", extra={"failure": type(failure).__name__, "where": where})
-            self._finish(_live(plan[0][0]), FinishReason.ERROR, "step_failed")
+            live = _live(plan[0][0])
+            self._finish(live, FinishReason.ERROR, "step_failed")
+            if live.entry is not None and live.entry.state is Having.READY:
+                self._adapter_failed(live.entry)
             return
         middle = len(plan) // 2
         for half in (slice(0, middle), slice(middle, None)):
@@ -384,7 +550,7 @@ def offered(hello: Hello, runner: Runner) -> Hello:
 
 def run(engine: Engine, inbox: Inbox, send: Callable[[list[FromEngine]], None]) -> None:
     """Step until the inbox is closed, or drained and idle. Sleeps while there is nothing to do."""
-    while (messages := inbox.take(wait=engine.idle)) is not None:
+    while (messages := inbox.take(engine.wait_s)) is not None:
         for message in messages:
             engine.take(message)
         events = engine.step()

@@ -19,6 +19,7 @@ import msgspec
 
 from services.inference.engine.calls import Asked, Drain, FromEngine, Hello, Load, ToEngine
 from services.inference.engine.engine import Engine, offered, run
+from services.inference.engine.fetching import Fetcher
 from services.inference.engine.frames import FrameError, encode, from_engine, sealed
 from services.inference.engine.inbox import Inbox
 from services.inference.engine.settings import EngineSettings
@@ -358,7 +359,7 @@ class InlineHost(Streaming):
 
         try:
             runner, hello = (self._build or _named(BUILD))(self._settings)
-            engine = Engine(runner, hello, self._settings)
+            engine = Engine(runner, hello, self._settings, fetch=Fetcher(runner.fetch, self._inbox).ask)
             send([offered(hello, runner)])
             run(engine, self._inbox, send)
         except Exception:

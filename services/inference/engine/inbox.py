@@ -3,18 +3,21 @@
 import threading
 from collections.abc import Iterable
 
+from services.inference.engine.adapters import Fetched
 from services.inference.engine.calls import ToEngine
+
+Message = ToEngine | Fetched
 
 
 class Inbox:
     """Bounded by the calls alive: each puts a few messages, and the engine refuses calls beyond its limit."""
 
     def __init__(self) -> None:
-        self._messages: list[ToEngine] = []
+        self._messages: list[Message] = []
         self._closed = False
         self._changed = threading.Condition()
 
-    def put(self, messages: Iterable[ToEngine]) -> None:
+    def put(self, messages: Iterable[Message]) -> None:
         """Add in order and wake the taker."""
         with self._changed:
             self._messages.extend(messages)
@@ -26,11 +29,10 @@ class Inbox:
             self._closed = True
             self._changed.notify()
 
-    def take(self, wait: bool) -> list[ToEngine] | None:
-        """All messages so far; with `wait`, at least one, sleeping until it comes. None once closed."""
+    def take(self, wait_s: float | None) -> list[Message] | None:
+        """All messages so far, sleeping until one comes, for `wait_s` seconds at most; None: however long. Returns None once closed."""
         with self._changed:
-            while wait and not self._messages and not self._closed:
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._messages or self._closed, wait_s)
             if self._closed:
                 return None
             messages, self._messages = self._messages, []

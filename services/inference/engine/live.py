@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from math import isfinite
 
+from services.inference.engine.adapters import Entry, key_of
 from services.inference.engine.blocks import blocks_for
 from services.inference.engine.calls import (
     Call,
@@ -41,6 +42,8 @@ class Live:
         self.first_probes: tuple[float, ...] = ()
         self.vectors: dict[int, bytes] = {}
         self.prompt_scores_due = isinstance(call, Generate) and call.prompt_logprobs
+        self.entry: Entry | None = None  # of its adapter, held to the end
+        self.admitted = False  # the scheduler knows of it
         self._root = root
         self._keys = keys
         self.sequences = self._sequences()
@@ -58,8 +61,19 @@ class Live:
             case Score():
                 self.shared = (len(call.prefix) - 1) // BLOCK_SIZE * BLOCK_SIZE
                 return self._continuations(call)
-            case Embed() | Label():
+            case Embed():
                 return [self._sequence(i, tokens, pool=True) for i, tokens in enumerate(call.inputs)]
+            case Label():
+                return [self._sequence(i, tokens) for i, tokens in enumerate(call.inputs)]
+
+    def tune(self, entry: Entry) -> bool:
+        """Its adapter is here: False if it lacks what the call asks for."""
+        if not isinstance(self.call, Label) or entry.adapter is None:
+            return True
+        for sequence in self.sequences:
+            sequence.head = True
+            sequence.pool = entry.adapter.pooling == "MEAN"
+        return bool(entry.adapter.labels)
 
     def _output(self, call: Generate, index: int) -> Sequence:
         report = Report(0, call.prompt[1:], top=call.top_logprobs or 0) if call.prompt_logprobs and index == 0 else None
@@ -96,6 +110,7 @@ class Live:
             limits=self.call.limits if isinstance(self.call, Generate) else None,
             report=report,
             pool=pool,
+            adapter=key_of(self.call.owner, self.call.adapter) if self.call.adapter else "",
             live=self,
         )
 

@@ -2,13 +2,14 @@
 
 Under a budget of tokens, every decoding sequence gets its one; what is left goes to prefill, by class, then fair share, then age. A
 waiting sequence starts when its whole table fits, so only decoding asks for blocks later; when there are none, the youngest of the
-lowest class goes back to waiting and keeps its tokens.
+lowest class goes back to waiting and keeps its tokens. A sequence with an adapter takes part while the adapter has a slot (`slots.py`).
 """
 
 from services.inference.engine.blocks import Blocks, blocks_for
 from services.inference.engine.calls import WorkClass
 from services.inference.engine.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, Counters, Turns
 from services.inference.engine.sequence import Sequence, State
+from services.inference.engine.slots import Slots, Turn
 from services.inference.engine.step import BLOCK_SIZE
 
 Plan = list[tuple[Sequence, int]]
@@ -17,11 +18,12 @@ Plan = list[tuple[Sequence, int]]
 class Scheduler:
     """Knows every sequence that has not ended. Each planned sequence must be advanced, given back or removed before the next plan."""
 
-    def __init__(self, blocks: Blocks, budget: int, most_running: int) -> None:
+    def __init__(self, blocks: Blocks, budget: int, most_running: int, slots: int = 0) -> None:
         self.blocks = blocks
         self.budget = budget  # tokens a step
         self.preemptions = 0
         self.counters = Counters()
+        self.slots = Slots(slots, served=self.counters.__getitem__)
         self._most_running = most_running
         self._turns = [Turns(self.counters) for _ in WorkClass]  # by class, most urgent first
         self._running: dict[int, Sequence] = {}  # those with blocks, in order of admission
@@ -41,12 +43,25 @@ class Scheduler:
 
     def waiting(self) -> list[Sequence]:
         """Those without blocks, in no order."""
-        return [sequence for turns in self._turns for sequence in turns if sequence.state is State.WAITING]
+        return [sequence for turns in self._turns for sequence in turns if sequence.state is State.WAITING] + self.slots.parked
 
     def add(self, sequence: Sequence, front: bool = False) -> None:
         """Take in a new sequence; `front` puts it before the others of its tenant."""
         self.counters.enter(sequence.tenant)
-        self._turns[sequence.work_class].push(sequence, front)
+        if not sequence.adapter or self.slots.enter(sequence, front):
+            self._turns[sequence.work_class].push(sequence, front)
+
+    def rotate(self, now: float) -> list[Turn]:
+        """Let slots change hands, by `now` on the engine's clock; the adapters of these turns must be installed before the next step."""
+        turns = self.slots.rotate(now)
+        for turn in turns:
+            for sequence in turn.displaced:
+                self._turns[sequence.work_class].remove(sequence)
+                if sequence.key in self._running:
+                    self._withdraw(sequence)
+            for sequence in turn.started:
+                self._turns[sequence.work_class].push(sequence)
+        return turns
 
     def remove(self, sequence: Sequence, suspect: bool = False) -> None:
         """End it wherever it is. The one exit: all of its blocks are released here. `suspect`: its KV must not be found again."""
@@ -56,6 +71,8 @@ class Scheduler:
         self._running.pop(sequence.key, None)
         self._prefilling.pop(sequence.key, None)
         self._decoding.pop(sequence.key, None)
+        if sequence.adapter:
+            self.slots.leave(sequence)
         self.blocks.release(sequence.withdraw(State.ENDED), suspect)
         self.counters.leave(sequence.tenant)
 
@@ -154,13 +171,17 @@ class Scheduler:
         return True
 
     def _preempt(self, victim: Sequence) -> None:
+        if self._withdraw(victim):
+            self._turns[victim.work_class].push(victim, front=True)
+
+    def _withdraw(self, victim: Sequence) -> bool:
+        """Off the device, keeping its tokens. Whether it was decoding: no turns held it then."""
         self.preemptions += 1
         del self._running[victim.key]
         self._prefilling.pop(victim.key, None)
         decoding = self._decoding.pop(victim.key, None) is not None
         self.blocks.release(victim.withdraw(State.WAITING))
-        if decoding:
-            self._turns[victim.work_class].push(victim, front=True)
+        return decoding
 
     def _publish(self, sequence: Sequence) -> None:
         full = sequence.computed // BLOCK_SIZE

@@ -52,12 +52,14 @@ class Sequence:
     __slots__ = (
         "_end_tokens",
         "_row",
+        "adapter",
         "age",
         "blocks",
         "cached",
         "capacity",
         "computed",
         "draw",
+        "head",
         "index",
         "key",
         "keys",
@@ -70,6 +72,7 @@ class Sequence:
         "reached",
         "report",
         "root",
+        "slot",
         "state",
         "tenant",
         "tokens",
@@ -89,6 +92,7 @@ class Sequence:
         limits: Limits | None = None,
         report: Report | None = None,
         pool: bool = False,
+        adapter: str = "",
         live: object = None,
     ) -> None:
         self.key = key
@@ -104,6 +108,9 @@ class Sequence:
         self.limits = limits
         self.report = report
         self.pool = pool
+        self.adapter = adapter  # what it is known by; empty: the base alone
+        self.slot = 0  # of the adapter, while it has one
+        self.head = False  # answered by the adapter's head
         self.state = State.WAITING
         self.blocks: list[int] = []
         self.capacity = 0  # positions its blocks cover
@@ -176,6 +183,7 @@ class Sequence:
         start, end = self.computed, self.computed + count
         ends = end == len(self.tokens)
         row = Row(self.key, self.tokens[start:end], start, self.blocks, pool=self.pool, pool_ends=self.pool and ends)
+        row.adapter, row.head = self.slot, self.head and ends
         if ends:
             row.draw = self.draw
         if self.report is not None and not self.report.complete:
