@@ -93,7 +93,7 @@ class Trainer:
         return dict(sorted(body.items())) | head
 
     def step(self) -> Step:
-        """One optimizer step over the next batch of examples. Raises FloatingPointError where loss or gradient are no numbers; nothing has moved then."""
+        """One optimizer step over the next batch. Raises FloatingPointError, unmoved, where loss or gradient are no numbers."""
         began = time.perf_counter()
         own = self.spec.hyperparameters
         chosen = [self.examples[at] for at in taken(self.spec.seed, self.done, len(self.examples), own.batch_size)]
