@@ -22,7 +22,7 @@ from argosy.v1 import model_pb2
 from argosy_internal.registry.v1 import registry_pb2, registry_pb2_grpc
 from services.chassis import status
 from services.chassis.channel import remaining, streaming
-from services.chassis.errors import DeadlineExceeded, NotStarted, ResourceNotFound, StoreUnavailable
+from services.chassis.errors import DeadlineExceeded, NotStarted, ResourceNotFound, StoreUnavailable, WrongState
 from services.chassis.identity import Caller
 from services.gateway.catalog import Catalog, Served
 from services.gateway.meanings import Meaning, Meanings, Target, model_of, pick
@@ -123,6 +123,7 @@ class OwnModels:
 
         Raises:
             ResourceNotFound: no such name in the caller's project, or not on the key's list; foreign and random alike (A10).
+            WrongState: it means no version that can answer.
             ModelNotServed: no replica serves its base.
             StoreUnavailable: finetune is away, and the name was not asked for of late.
         """
@@ -171,6 +172,8 @@ class OwnModels:
             if info is not None and info.reason == "RESOURCE_NOT_FOUND":
                 self._meanings.forget(who.project_uid, name)
                 raise ResourceNotFound("model") from None
+            if info is not None and info.reason == "WRONG_STATE":  # a model without a version, or a version that is not READY
+                raise WrongState("model", info.metadata.get("state")) from None
             if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 log.warning("finetune cannot say what a name means: %s", info.reason if info is not None else error.code().name)
             raise StoreUnavailable from None
@@ -223,6 +226,9 @@ class Pusher:
                         self._take(event)
                         self._sequence = max(self._sequence, event.sequence)
             except grpc.aio.AioRpcError as error:
+                info = status.error_info(error)
+                if info is not None and info.reason == "EVENT_SEQUENCE_AHEAD":  # its log is another than the one we followed
+                    self._sequence = int(info.metadata.get("last", "0"))
                 if failures == 1 and error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                     log.warning("the feed of adapters is lost: %s", error.code().name)
             failures += 1

@@ -16,7 +16,7 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor
 
 from argosy_internal.registry.v1 import registry_pb2
-from services.chassis.errors import ResourceNotFound, ScopeMissing, ServiceError
+from services.chassis.errors import EventSequenceAhead, ResourceNotFound, ScopeMissing, ServiceError
 from services.chassis.identity import CALLER_KEY, Caller, CallerRefused, CallerVerifier
 from services.chassis.status import rich
 from services.gateway.servicers.forwarded import SERVICES
@@ -115,6 +115,8 @@ class FakeFineTune:
         if caller is not None and "fleet" not in caller.scopes:
             raise ScopeMissing("fleet")
         at = request.after_sequence
+        if at > len(self.feed):
+            raise EventSequenceAhead(len(self.feed))
         told = False
         while True:
             while at < len(self.feed):

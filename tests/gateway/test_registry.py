@@ -12,7 +12,7 @@ import pytest
 
 from argosy.v1 import content_pb2, explanation_pb2, generation_pb2, language_pb2, model_pb2
 from argosy_internal.registry.v1 import registry_pb2
-from services.chassis.errors import WrongState
+from services.chassis.errors import Internal, WrongState
 from services.chassis.identity import CallerVerifier
 from services.chassis.status import error_info
 from services.gateway import finetune
@@ -234,12 +234,26 @@ async def test_a_version_on_a_base_that_nobody_serves() -> None:
         assert refused(error.value) == "MODEL_NOT_SERVED"
 
 
-async def test_a_refusal_without_an_answer_is_no_meaning() -> None:
+async def test_a_name_without_a_version_that_answers_says_so() -> None:
     async with tuned() as (fake, _, at):
-        fake.replies["ResolveModel"] = WrongState()
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            await say(at)
-        assert refused(error.value) == "STORE_UNAVAILABLE"
+        for refusal, reason in ((WrongState("name", "CHECKING"), "WRONG_STATE"), (Internal(), "STORE_UNAVAILABLE")):
+            fake.replies["ResolveModel"] = refusal
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await say(at)
+            assert refused(error.value) == reason
+
+
+async def test_a_feed_that_began_anew_is_followed_from_its_end() -> None:
+    async with tuned() as (fake, (engine,), _):
+        for version in range(1, 4):
+            fake.tell(**ready(ONE, version))
+        await fake.until(lambda f: len(f.of("ReportServable")) == 3)
+        await fake.server.stop(None)
+        async with fake_finetune(address=fake.address, verifier=fake.verifier) as back:
+            back.tell(**ready("0d" * 32))
+            await back.until(lambda f: any(asked.request.after_sequence == 1 for asked in f.of("WatchVersions")))
+            back.tell(**ready(TWO))
+            await engine.until(lambda e: ("uid-acme", TWO) in e.adapters)
 
 
 # --- the feed -----------------------------------------------------------------------------------------------------------------------

@@ -249,3 +249,38 @@ def test_F6_a_replica_ten_times_slower_gets_under_a_fifth_of_its_share() -> None
         heapq.heappush(ends, (free_at[target.name], next(order), target, call))
     assert counts["c"] <= 0.2 * sum(counts.values()) / 3
     assert abs(counts["a"] - counts["b"]) < 0.1 * counts["a"]
+
+
+def holding(name: str, *adapters: str, **load: float) -> Replica:
+    made = replica(name, **load)
+    made.report(Load(**{"prefill_tokens_per_s": 1_000.0, "decode_tokens_per_s": 100.0, **load}, adapters=frozenset(adapters)), 0.0)  # type: ignore[arg-type]
+    return made
+
+
+def test_a_call_goes_where_its_adapter_is() -> None:
+    fleet = [holding("a"), holding("b", "d1"), holding("c", "d2")]
+    for digest, name in (("d1", "b"), ("d2", "c")):
+        for salt in range(20):
+            chosen = choose(fleet, Work(100, 50, digest), 1.0, salt=bytes([salt]))
+            assert chosen is not None and chosen.name == name
+
+
+def test_a_line_longer_than_a_load_is_not_joined_for_the_adapter() -> None:
+    there, elsewhere = holding("a", "d1", queued_tokens=1_000), holding("b")  # a second of prefill against 0.4 s
+    assert choose([there, elsewhere], Work(100, 50, "d1"), 1.0) is elsewhere
+    there.report(Load(prefill_tokens_per_s=1_000.0, decode_tokens_per_s=100.0, queued_tokens=300, adapters=frozenset({"d1"})), 1.0)
+    assert choose([there, elsewhere], Work(100, 50, "d1"), 1.0) is there
+
+
+def test_the_first_call_makes_the_next_ones_follow_before_any_report() -> None:
+    fleet = [holding("a"), holding("b"), holding("c")]
+    work = Work(100, 5, "d1")
+    first = choose(fleet, work, 1.0, salt=b"1")
+    assert first is not None
+    first.place(work, 1.0)
+    assert all(choose(fleet, work, 1.0, salt=bytes([salt])) is first for salt in range(20))
+
+
+def test_a_base_alone_is_spread_as_ever() -> None:
+    fleet = [holding("a", "d1"), holding("b")]
+    assert {choose(fleet, WORK, 1.0, salt=bytes([salt])).name for salt in range(30)} == {"a", "b"}  # type: ignore[union-attr]

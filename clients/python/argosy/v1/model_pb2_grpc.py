@@ -252,7 +252,8 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def MoveModelAlias(self, request, context):
-        """Points an alias to a version, for all or a part of its callers; makes the alias if it is not there. Needs a PASSED evaluation,
+        """Points an alias to a version, for all or a part of its callers; makes the alias if it is not there. Callers are told apart by the
+        metadata `argosy-sticky-key` of their requests, 1..128 bytes; without it each request draws for itself. Needs a PASSED evaluation,
         or `force` and scope `models.force`. Streams that run keep the version they began with.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

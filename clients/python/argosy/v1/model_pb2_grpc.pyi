@@ -69,7 +69,8 @@ class ModelServiceStub:
     ListModelAliases: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelAliasesRequest, _model_pb2.ListModelAliasesResponse]
     """An own model's aliases, by pages."""
     MoveModelAlias: _grpc.UnaryUnaryMultiCallable[_model_pb2.MoveModelAliasRequest, _model_pb2.ModelAlias]
-    """Points an alias to a version, for all or a part of its callers; makes the alias if it is not there. Needs a PASSED evaluation,
+    """Points an alias to a version, for all or a part of its callers; makes the alias if it is not there. Callers are told apart by the
+    metadata `argosy-sticky-key` of their requests, 1..128 bytes; without it each request draws for itself. Needs a PASSED evaluation,
     or `force` and scope `models.force`. Streams that run keep the version they began with.
     """
     RollbackModelAlias: _grpc.UnaryUnaryMultiCallable[_model_pb2.RollbackModelAliasRequest, _model_pb2.ModelAlias]
@@ -117,7 +118,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     ListModelAliases: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelAliasesRequest, _model_pb2.ListModelAliasesResponse]  # type: ignore[assignment]
     """An own model's aliases, by pages."""
     MoveModelAlias: _aio.UnaryUnaryMultiCallable[_model_pb2.MoveModelAliasRequest, _model_pb2.ModelAlias]  # type: ignore[assignment]
-    """Points an alias to a version, for all or a part of its callers; makes the alias if it is not there. Needs a PASSED evaluation,
+    """Points an alias to a version, for all or a part of its callers; makes the alias if it is not there. Callers are told apart by the
+    metadata `argosy-sticky-key` of their requests, 1..128 bytes; without it each request draws for itself. Needs a PASSED evaluation,
     or `force` and scope `models.force`. Streams that run keep the version they began with.
     """
     RollbackModelAlias: _aio.UnaryUnaryMultiCallable[_model_pb2.RollbackModelAliasRequest, _model_pb2.ModelAlias]  # type: ignore[assignment]
@@ -264,7 +266,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.MoveModelAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ModelAlias, _abc.Awaitable[_model_pb2.ModelAlias]]:
-        """Points an alias to a version, for all or a part of its callers; makes the alias if it is not there. Needs a PASSED evaluation,
+        """Points an alias to a version, for all or a part of its callers; makes the alias if it is not there. Callers are told apart by the
+        metadata `argosy-sticky-key` of their requests, 1..128 bytes; without it each request draws for itself. Needs a PASSED evaluation,
         or `force` and scope `models.force`. Streams that run keep the version they began with.
         """
 
