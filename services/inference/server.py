@@ -22,6 +22,7 @@ from services.inference.gauges import measure
 from services.inference.servicers.engine import EngineServicer, Model, Pace, model_name, new_instance
 from services.inference.settings import InferenceSettings
 from services.pretrained import weights
+from services.pretrained.fingerprint import fingerprint
 from services.pretrained.templates import ChatTemplate, TemplateRefused, load_template
 from services.pretrained.tokenizer import Tokenizer, TokenizerUnsupported
 
@@ -37,6 +38,7 @@ LONG = ("Generate", "Encode", "WatchLoad")
 log = logging.getLogger(__name__)
 
 Vocabulary = tuple[Tokenizer, ChatTemplate]
+Read = tuple[Tokenizer, ChatTemplate, str]  # and the fingerprint of both
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +56,18 @@ async def inference(
     *,
     verifier: CallerVerifier | None = None,
     vocabulary: Vocabulary | None = None,
+    fingerprint: str = "",
     progress: weights.Progress | None = None,
     telemetry: Telemetry | None = None,
 ) -> AsyncIterator[str]:
     """A replica, up to the end of the block; yields its address at once, NOT_SERVING until the engine is warm.
 
-    `host` defaults to an engine process. `vocabulary` takes the place of the tokenizer and template in the model's directory. `progress`
-    is called from a thread while weights are prepared. Leaving the block drains.
+    `host` defaults to an engine process. `vocabulary` takes the place of the tokenizer and template in the model's directory, and
+    `fingerprint` of what follows from them. `progress` is called from a thread while weights are prepared. Leaving the block drains.
     """
-    async with replica(settings, host, verifier=verifier, vocabulary=vocabulary, progress=progress, telemetry=telemetry) as running:
+    async with replica(
+        settings, host, verifier=verifier, vocabulary=vocabulary, fingerprint=fingerprint, progress=progress, telemetry=telemetry
+    ) as running:
         yield running.serving.address
 
 
@@ -73,6 +78,7 @@ async def replica(
     *,
     verifier: CallerVerifier | None = None,
     vocabulary: Vocabulary | None = None,
+    fingerprint: str = "",
     progress: weights.Progress | None = None,
     telemetry: Telemetry | None = None,
     signals: bool = False,
@@ -98,7 +104,8 @@ async def replica(
     ) as serving:
         draining.append(serving)
         follower = asyncio.create_task(
-            _follow(settings, engine, servicer, serving, vocabulary, progress, telemetry), name="engine follower"
+            _follow(settings, engine, servicer, serving, vocabulary and (*vocabulary, fingerprint), progress, telemetry),
+            name="engine follower",
         )
         follower.add_done_callback(_report)
         measuring = asyncio.create_task(measure(engine, telemetry), name="engine gauges") if telemetry is not None else None
@@ -118,7 +125,7 @@ async def _follow(
     engine: Host,
     servicer: EngineServicer,
     serving: Serving,
-    vocabulary: Vocabulary | None,
+    vocabulary: Read | None,
     progress: weights.Progress | None,
     telemetry: Telemetry | None,
 ) -> None:
@@ -128,7 +135,7 @@ async def _follow(
         starting = group.create_task(engine.start())
         reading = group.create_task(asyncio.to_thread(_vocabulary, settings, progress)) if vocabulary is None else None
     hello = starting.result()
-    tokenizer, template = vocabulary or (reading.result() if reading else _vocabulary(settings, progress))
+    tokenizer, template, prints = vocabulary or (reading.result() if reading else _vocabulary(settings, progress))
     name = model_name(settings.model_name or (DEFAULT_MODEL if settings.model == hello.model == "default" else hello.model))
     canary = Canary(engine, (*tokenizer.prefix, *tokenizer.encode(Canary.PROMPT)), settings.canary_seconds)
     lives = 0
@@ -140,7 +147,7 @@ async def _follow(
             lives += 1
             if lives > 1 and telemetry is not None:
                 telemetry.record("argosy.engine.restarted", 1)
-            servicer.warm(Model(name, engine.hello, tokenizer, template, new_instance()))
+            servicer.warm(Model(name, engine.hello, tokenizer, template, new_instance(), prints))
             await serving.ready()
             log.info("replica ready")
             async with canary.watching(serving.ready, serving.unready):
@@ -155,16 +162,21 @@ async def _until_changed(engine: Host) -> None:
                 return
 
 
-def _vocabulary(settings: InferenceSettings, progress: weights.Progress | None) -> Vocabulary:
-    """Tokenizer and template of the model. Blocking: about a second for a large vocabulary, more while weights are prepared."""
+def _vocabulary(settings: InferenceSettings, progress: weights.Progress | None) -> Read:
+    """Tokenizer, template and fingerprint of the model. Blocks: about a second for a large vocabulary, more while weights are prepared."""
     began = time.monotonic()
     directory = weights.prepare(settings.model, weights.cache_directory(settings.cache_dir), progress)
     prepared = time.monotonic()
     tokenizer = Tokenizer.from_directory(directory)
     template = load_template(directory, tokenizer, tokenizer.prefix, settings.chat_template)
     tokenizer.newline_ids  # noqa: B018  # found once, here, rather than under the first request
+    try:
+        prints = fingerprint(directory, tokenizer, template)
+    except TemplateRefused as refused:
+        log.warning("the template takes no ordinary chat, so no adapter trained on chats will be taken", extra={"why": str(refused)})
+        prints = ""
     log.info("vocabulary read", extra={"prepare_s": round(prepared - began, 3), "read_s": round(time.monotonic() - prepared, 3)})
-    return tokenizer, template
+    return tokenizer, template, prints
 
 
 def _public_keys(pairs: tuple[str, ...]) -> Mapping[str, Ed25519PublicKey]:

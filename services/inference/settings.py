@@ -29,8 +29,12 @@ class InferenceSettings:
     threads: int | None = field(default=None, metadata={"minimum": 1})  # of the CPU
     cache_dir: str | None = None  # of prepared weights; None: the user's cache
     int8: bool = False  # layers on a CPU in int8: about 1.2 times as fast, 94 % of float32's greedy tokens for 99 %
+    # Adapters.
+    store_url: str | None = None  # where they lie, such as file:///var/lib/argosy; None: the base alone is served
+    adapter_slots: int = field(default=16, metadata={"minimum": 0, "maximum": 256})  # that one step can mix; more take turns
     # Whom it believes.
     caller_public_keys: tuple[str, ...] = ()  # `kid=path` of an Ed25519 public key in PEM
+    manifest_public_keys: tuple[str, ...] = ()  # the same, of who signs adapters
     # Streams.
     heartbeat_seconds: float = field(default=15.0, metadata={"minimum": 0.01, "maximum": 15.0})
     write_stall_seconds: float = field(default=30.0, metadata={"minimum": 0.01})  # a full stream not read for this long is ended
@@ -42,5 +46,6 @@ class InferenceSettings:
         return EngineSettings(
             model=self.model, device=self.device, dtype=self.dtype, backend=self.backend, kv_tokens=self.kv_tokens,
             max_step_tokens=self.max_step_tokens, max_sequences=self.max_sequences, max_waiting=self.max_waiting, threads=self.threads,
-            cache_dir=self.cache_dir, int8=self.int8,
+            cache_dir=self.cache_dir, int8=self.int8, store_url=self.store_url, manifest_public_keys=self.manifest_public_keys,
+            adapter_slots=self.adapter_slots,
         )  # fmt: skip

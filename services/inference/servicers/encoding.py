@@ -16,7 +16,7 @@ from argosy.v1 import content_pb2, embedding_pb2, language_pb2, usage_pb2
 from argosy_internal.engine.v1 import engine_pb2
 from services.chassis.errors import FieldOutOfRange, ModelCapability, NotStarted, PromptTooLong, StreamLost, UnsupportedLanguage
 from services.inference import languages, spans, tasks
-from services.inference.engine.calls import Done, Embed, Embedded, Score, Scored, Token
+from services.inference.engine.calls import Done, Embed, Embedded, Label, Labelled, Score, Scored, Token
 from services.inference.engine.host import EngineLost, EngineNotReady, Host
 from services.inference.languages import Language
 from services.inference.servicers.generating import DEADLINE_MARGIN_S, Who, refusal
@@ -128,16 +128,16 @@ class Encoder:
 
     # --- the engine -----------------------------------------------------------------------------------------------------------------
 
-    async def ask(self, call: Score | Embed, spending: Spending) -> Scored | Embedded:
+    async def ask(self, call: Score | Embed | Label, spending: Spending) -> Scored | Embedded | Labelled:
         """The engine's answer to one call, at `spending`."""
-        reply: Scored | Embedded | None = None
+        reply: Scored | Embedded | Labelled | None = None
         try:
             # Leaving it early ends the call.
             with spending.work.call(call) as told:
                 async with aclosing(self._host.submit(call)) as messages:
                     async for message in messages:
                         match message:
-                            case Scored() | Embedded():
+                            case Scored() | Embedded() | Labelled():
                                 reply = message
                             case Done():
                                 told.done = message
@@ -171,6 +171,8 @@ class Encoder:
             probes=tuple(probes),
             first_probes=tuple(first_probes),
             work_class=who.work_class,
+            adapter=who.adapter,
+            owner=who.tenant,
         )
         reply = await self.ask(call, spending)
         assert isinstance(reply, Scored)  # what a Score is answered with
@@ -179,10 +181,10 @@ class Encoder:
     # --- labels -----------------------------------------------------------------------------------------------------------------------
 
     async def classify(self, asked: language_pb2.ClassifyTextRequest, spending: Spending) -> language_pb2.ClassifyTextResponse:
-        """Probabilities over labels for each text, by how much the text raises each label's likelihood."""
+        """Probabilities over labels for each text: of the tuned head, or by how much the text raises each label's likelihood."""
         source = asked.WhichOneof("label_source")
         if source is None:
-            raise ModelCapability("label_source", "classify_tuned")
+            return await self._classify_tuned(asked, spending)
         labels = list(asked.zero_shot.labels) if source == "zero_shot" else list(SENTIMENT)
         word = tasks.label if source == "zero_shot" else tasks.sentiment
         instruction = asked.zero_shot.instruction
@@ -209,6 +211,62 @@ class Encoder:
             for work in baseline_work.values():
                 work.cancel()
         return language_pb2.ClassifyTextResponse(results=results, calibration=language_pb2.CALIBRATION_NONE)
+
+    async def _classify_tuned(self, asked: language_pb2.ClassifyTextRequest, spending: Spending) -> language_pb2.ClassifyTextResponse:
+        labels = self.tuned_labels(spending)
+        if asked.multi_label:
+            raise ModelCapability("multi_label", "classify_multi_label")  # its head was fitted to exactly one right label
+        if asked.top_k > len(labels):
+            raise FieldOutOfRange("top_k", asked.top_k, len(labels), "labels")
+        results = []
+        for chances, count in await self.tuned_chances(asked.texts, spending):
+            ranked = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])[: asked.top_k or len(labels)]
+            scored = [content_pb2.LabelScore(label=label, probability=chance) for label, chance in ranked]
+            results.append(language_pb2.Classification(labels=scored, windows=count))
+        return language_pb2.ClassifyTextResponse(results=results, calibration=language_pb2.CALIBRATION_TEMPERATURE)
+
+    @staticmethod
+    def tuned_labels(spending: Spending, field: str = "label_source") -> tuple[str, ...]:
+        """Labels of the caller's adapter. Raises ModelCapability where there is none, or it has no head."""
+        tuned = spending.who.tuned
+        if tuned is None or not tuned.labels:
+            raise ModelCapability(field, "classify_tuned")
+        return tuned.labels
+
+    async def tuned_chances(self, texts: Sequence[str], spending: Spending) -> list[tuple[list[float], int]]:
+        """For each text the calibrated probabilities of `tuned_labels`, averaged over its windows, and how many windows it has.
+
+        A text is read as it was in training: what the model expects before any text, then plain ids, without template.
+        """
+        tuned, prefix = spending.who.tuned, self._planner.tokenizer.prefix
+        assert tuned is not None  # `tuned_labels` asked
+        longest = min(tuned.max_tokens or WINDOW_TOKENS, WINDOW_TOKENS, self._planner.hello.context)
+        size = max(1, longest - len(prefix))
+        encoded = await self._planner.tokenizer.aencode_batch(texts)
+        inputs = [(place, ids[first:last]) for place, ids in enumerate(encoded) for first, last in tasks.windows(len(ids), size, 0)]
+        batches = [inputs[at : at + EMBED_BATCH] for at in range(0, len(inputs), EMBED_BATCH)]
+
+        async def one(batch: Sequence[tuple[int, list[int]]]) -> list[bytes]:
+            who = spending.who
+            call = Label(
+                id=spending.id(),
+                inputs=tuple((*prefix, *ids) for _, ids in batch),
+                adapter=who.adapter,
+                owner=who.tenant,
+                deadline_s=spending.deadline_s(),
+                tenant=who.tenant,
+                cache_salt=who.cache_salt,
+                work_class=who.work_class,
+            )
+            reply = await self.ask(call, spending)
+            assert isinstance(reply, Labelled)  # what a Label is answered with
+            return list(reply.logits)
+
+        replies = await spending.each([partial(one, batch) for batch in batches])
+        rows: list[list[list[float]]] = [[] for _ in texts]
+        for (place, _), raw in zip(inputs, itertools.chain.from_iterable(replies), strict=True):
+            rows[place].append(tasks.softmax([logit / tuned.temperature for logit in _floats(raw)]))
+        return [([sum(column) / len(each) for column in zip(*each, strict=True)], len(each)) for each in rows]
 
     async def label_scores(
         self, text: str, labels: Sequence[str], wording: Callable[[str], tasks.Wording], spending: Spending
@@ -238,7 +296,7 @@ class Encoder:
 
         Remembered for each project apart, so that nobody can time what labels another project uses.
         """
-        key = hashlib.sha256(repr((spending.who.tenant, script, tuple(labels), instruction)).encode()).digest()
+        key = hashlib.sha256(repr((spending.who.tenant, spending.who.adapter, script, tuple(labels), instruction)).encode()).digest()
         known = self._baselines.get(key)
         if known is None:
             texts = tasks.NEUTRAL_TEXTS[script]
@@ -293,6 +351,8 @@ class Encoder:
                 tenant=spending.who.tenant,
                 cache_salt=spending.who.cache_salt,
                 work_class=spending.who.work_class,
+                adapter=spending.who.adapter,
+                owner=spending.who.tenant,
             )
             reply = await self.ask(call, spending)
             assert isinstance(reply, Embedded)  # what an Embed is answered with

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
-from argosy.v1 import explanation_pb2, generation_pb2, model_pb2, stream_pb2, usage_pb2
+from argosy.v1 import content_pb2, explanation_pb2, generation_pb2, model_pb2, stream_pb2, usage_pb2
 from argosy.v1.config_pb2 import GenerationConfig
 from argosy.v1.config_pb2 import WorkClass as PublicWorkClass
 from argosy_internal.engine.v1 import engine_pb2, engine_pb2_grpc
@@ -21,7 +21,7 @@ from services.chassis.errors import CallerLeft, Internal, ModelCapability, Model
 from services.chassis.identity import CALLER, Caller
 from services.chassis.interceptors import progress
 from services.chassis.telemetry import Telemetry
-from services.inference.engine.calls import Hello, Load, Sampling, WorkClass
+from services.inference.engine.calls import AdapterReady, Hello, Load, Sampling, WorkClass
 from services.inference.engine.host import Host
 from services.inference.servicers.config import asked_from_proto, default_config
 from services.inference.servicers.encoding import Encoder
@@ -30,6 +30,7 @@ from services.inference.servicers.generating import Generation, Who, served
 from services.inference.servicers.measured import Work
 from services.inference.servicers.outbox import Outbox
 from services.inference.servicers.plans import Planner, messages_from_proto, tools_from_proto
+from services.inference.servicers.tuned import Tuned
 from services.pretrained.templates import ChatTemplate
 from services.pretrained.tokenizer import Tokenizer
 
@@ -60,6 +61,7 @@ class Model:
     tokenizer: Tokenizer
     template: ChatTemplate
     instance_id: str
+    fingerprint: str = ""  # of how prompts are made; an adapter trained on prompts made otherwise is refused
 
 
 class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
@@ -82,6 +84,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._planner: Planner | None = None
         self._encoder: Encoder | None = None
         self._explainer: Explainer | None = None
+        self._tuned = Tuned(host)
         self._running: dict[tuple[str, str], Generation] = {}  # by project and generation id
         self._encoding: dict[tuple[str, str], asyncio.Task[Any]] = {}
 
@@ -97,7 +100,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     async def Generate(self, request: engine_pb2.GenerateRequest, context: Any) -> AsyncIterator[stream_pb2.GenerationEvent]:
         """Admit, then stream: initial metadata goes out once the prompt is known to fit and the engine takes work."""
         bounds.check(request)
-        model, caller, who = self._enter(request.model.base_digest, request.model.adapter_digest, request)
+        model, caller, who = await self._enter(request.model, request)
         assert self._planner is not None and self._encoder is not None  # `warm` set them together
         is_task = request.WhichOneof("prompt") not in ("text", "chat")
         # A task has one output a text, and is greedy unless asked otherwise: its wording leaves little to chance.
@@ -161,15 +164,21 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             pump.cancel()
             await asyncio.wait([pump])
 
-    def _enter(self, base_digest: str, adapter_digest: str, request: Any) -> tuple[Model, Caller, Who]:
-        """Who asks, of what is loaded."""
+    async def _enter(self, asked: content_pb2.ServedModel, request: Any) -> tuple[Model, Caller, Who]:
+        """Who asks, of what is loaded; an adapter that nobody has asked for yet is loaded first."""
         model, caller = self._loaded(), _caller()
-        if base_digest and base_digest != model.hello.digest:
+        if asked.base_digest and asked.base_digest != model.hello.digest:
             raise ModelNotServed
-        if adapter_digest:
-            raise ModelCapability("model", "adapters")
+        ready = await self._adapter(model, caller, asked.adapter_digest) if asked.adapter_digest else None
         work_class = WORK.get(request.work_class, WorkClass.INTERACTIVE)
-        return model, caller, Who(request.generation_id, caller.project_uid, bytes.fromhex(caller.kv_scope), work_class)
+        return model, caller, Who(request.generation_id, caller.project_uid, bytes.fromhex(caller.kv_scope), work_class, ready)
+
+    async def _adapter(self, model: Model, caller: Caller, digest: str, *, fresh: bool = False) -> AdapterReady:
+        if not model.hello.adapter_slots:
+            raise ModelCapability("model", "adapters")
+        ready = await self._tuned.find(caller.project_uid, digest, _left_s(), fresh=fresh)
+        self._tuned.fits(ready, model.fingerprint)
+        return ready
 
     def _work(self, model: Model, task: str | None) -> Work:
         return Work(self._telemetry, self._host, task or "", model.name)
@@ -192,7 +201,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     async def Encode(self, request: engine_pb2.EncodeRequest, context: Any) -> engine_pb2.EncodeResponse:
         """Labels, vectors or spans."""
         bounds.check(request)
-        model, caller, who = self._enter(request.model.base_digest, request.model.adapter_digest, request)
+        model, caller, who = await self._enter(request.model, request)
         assert self._encoder is not None  # `warm` set it
         spent = usage_pb2.Usage()
         answers = served(request.model, model.hello.digest)
@@ -203,7 +212,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     async def Attribute(self, request: engine_pb2.AttributeRequest, context: Any) -> explanation_pb2.ExplainResponse:
         """What in an input speaks for a label or a continuation."""
         bounds.check(request)
-        model, caller, who = self._enter(request.model.base_digest, request.model.adapter_digest, request)
+        model, caller, who = await self._enter(request.model, request)
         assert self._explainer is not None  # `warm` set it
         spent = usage_pb2.Usage()
         answers = served(request.model, model.hello.digest)
@@ -291,9 +300,10 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             default_config=self._default_config(model),
             end_token_ids=hello.end_token_ids,
             backend=hello.backend,
-            capabilities=_capabilities(model.template),
+            capabilities=_capabilities(model),
             version=VERSION,
             instance_id=model.instance_id,
+            adapter_slots=hello.adapter_slots,
         )
 
     def _default_config(self, model: Model) -> GenerationConfig:
@@ -318,8 +328,6 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
                 following.cancel()
 
     def _load_message(self, load: Load) -> engine_pb2.EngineLoad:
-        step_time = Duration()
-        step_time.FromNanoseconds(round(load.step_s * 1e9))
         return engine_pb2.EngineLoad(
             waiting_sequences=load.waiting_sequences,
             running_sequences=load.running_sequences,
@@ -331,10 +339,31 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             total_blocks=load.total_blocks,
             cached_tokens=load.cached_tokens,
             steps=load.steps,
-            step_time=step_time,
+            step_time=_duration(load.step_s),
             batch=load.batch,
             draining=self._draining() or not self._host.ready,
+            resident_adapters=load.adapters,
         )
+
+    # --- adapters -----------------------------------------------------------------------------------------------------------------
+
+    async def PrefetchAdapter(self, request: engine_pb2.PrefetchAdapterRequest, context: Any) -> engine_pb2.PrefetchAdapterResponse:
+        """Load one of the caller's adapters beside the batch."""
+        bounds.check(request)
+        ready = await self._adapter(self._loaded(), _caller(), request.adapter_digest, fresh=True)
+        return engine_pb2.PrefetchAdapterResponse(adapter=_adapter_message(ready), load=_duration(ready.seconds))
+
+    async def EvictAdapter(self, request: engine_pb2.EvictAdapterRequest, context: Any) -> engine_pb2.EvictAdapterResponse:
+        """Forget one of the caller's adapters."""
+        bounds.check(request)
+        self._loaded()
+        return engine_pb2.EvictAdapterResponse(evicted=await self._tuned.evict(_caller().project_uid, request.adapter_digest))
+
+    async def ListAdapters(self, request: engine_pb2.ListAdaptersRequest, context: Any) -> engine_pb2.ListAdaptersResponse:
+        """Those of the caller's that are loaded."""
+        bounds.check(request)
+        self._loaded()
+        return engine_pb2.ListAdaptersResponse(adapters=map(_adapter_message, self._tuned.loaded(_caller().project_uid)))
 
 
 def model_name(said: str) -> str:
@@ -349,9 +378,20 @@ def new_instance() -> str:
     return str(uuid.uuid4())
 
 
-def _capabilities(template: ChatTemplate) -> Sequence[model_pb2.ModelCapability.ValueType]:
-    names = ["GENERATE", "CHAT_PLAIN" if template.name == "plain" else "CHAT_TEMPLATE"]
+def _adapter_message(ready: AdapterReady) -> engine_pb2.Adapter:
+    return engine_pb2.Adapter(adapter_digest=ready.digest, rank=ready.rank, labels=ready.labels, memory_bytes=ready.memory_bytes)
+
+
+def _duration(seconds: float) -> Duration:
+    found = Duration()
+    found.FromNanoseconds(round(seconds * 1e9))
+    return found
+
+
+def _capabilities(model: Model) -> Sequence[model_pb2.ModelCapability.ValueType]:
+    names = ["GENERATE", "CHAT_PLAIN" if model.template.name == "plain" else "CHAT_TEMPLATE"]
     names += ["CLASSIFY_ZERO_SHOT", "EMBED", "ANSWER_EXTRACTIVE", "EXPLAIN", "LOGPROBS", "PROMPT_LOGPROBS", "LOGIT_BIAS", "SEED"]
+    names += ["CLASSIFY_TUNED"] if model.hello.adapter_slots else []
     return [model_pb2.ModelCapability.Value(f"MODEL_CAPABILITY_{name}") for name in names]
 
 

@@ -12,8 +12,21 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from argosy.v1 import content_pb2, stream_pb2, usage_pb2
 from argosy.v1.stream_pb2 import FinishReason as Reason
 from argosy.v1.stream_pb2 import GenerationEvent, OutputFinished, Phase, TokenLogprob
-from services.chassis.errors import CallerLeft, DeadlineExceeded, Internal, NotStarted, ServiceError, Shed, SlowConsumer, StreamLost
-from services.inference.engine.calls import Done, Ended, FinishReason, Generate, Limits, PromptScored, Token, WorkClass
+from services.chassis.errors import (
+    CallerLeft,
+    DeadlineExceeded,
+    Internal,
+    ModelCapability,
+    NotStarted,
+    ResourceNotFound,
+    ServiceError,
+    Shed,
+    SlowConsumer,
+    StoreUnavailable,
+    StreamLost,
+    WrongState,
+)
+from services.inference.engine.calls import AdapterReady, Done, Ended, FinishReason, Generate, Limits, PromptScored, Token, WorkClass
 from services.inference.engine.host import EngineLost, Host, SlowReader
 from services.inference.servicers.config import Asked, limits_from_proto
 from services.inference.servicers.measured import Work
@@ -38,6 +51,12 @@ class Who:
     tenant: str
     cache_salt: bytes
     work_class: WorkClass
+    tuned: AdapterReady | None = None  # the adapter it works with, loaded once
+
+    @property
+    def adapter(self) -> str:
+        """The adapter's digest; empty: the base alone."""
+        return self.tuned.digest if self.tuned is not None else ""
 
 
 @dataclass(slots=True)
@@ -88,6 +107,14 @@ def refusal(error: str) -> ServiceError:
             return DeadlineExceeded()
         case "cancelled":
             return CallerLeft()
+        case "adapter_unknown":  # or another project's: nobody can tell which
+            return ResourceNotFound("model")
+        case "adapter_unavailable":
+            return StoreUnavailable()
+        case "adapter_refused" | "adapter_failed":
+            return WrongState("model", error.upper())
+        case "no_adapters":
+            return ModelCapability("model", "adapters")
         case _:
             return Internal()
 
@@ -243,6 +270,8 @@ class Generation:
             top_logprobs=self.asked.top_logprobs if visible else None,
             prompt_logprobs=visible and self.asked.config.output.prompt_logprobs,
             work_class=self.who.work_class,
+            adapter=self.who.adapter,
+            owner=self.who.tenant,
         )
         self._live.add(call.id)
         tokens = 0
