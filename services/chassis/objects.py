@@ -418,14 +418,15 @@ class RemoteObjects(_Copying):
 
 def open_objects(url: str) -> "Objects":
     """The store at `url`, as `open_objects_sync` reads it, for code on a loop."""
-    return Objects(open_objects_sync(url))
+    return Objects(open_objects_sync(url), url)
 
 
 class Objects:
     """A store for code on a loop: each call runs in one of a few threads, and goes on to its end if given up."""
 
-    def __init__(self, store: SyncObjects) -> None:
+    def __init__(self, store: SyncObjects, url: str) -> None:
         self.sync = store
+        self.url = url  # for a child process that opens it for itself
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="objects")
 
     async def run(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

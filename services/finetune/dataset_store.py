@@ -54,7 +54,7 @@ async def list_datasets(
     return await page(connection, statement, datasets, order, after, limit)
 
 
-async def add_dataset(connection: AsyncConnection, project_uid: str, name: str, layout: Layout, **values: Any) -> Record:
+async def add_dataset(connection: AsyncConnection, project_uid: str, project: str, name: str, layout: Layout, **values: Any) -> Record:
     """A new dataset. Its versions count on from those of a deleted one of this name."""
     d = datasets.c
     past = select(func.coalesce(func.max(d.next_version), 1)).where(d.project_uid == project_uid, d.name == name)
@@ -62,7 +62,7 @@ async def add_dataset(connection: AsyncConnection, project_uid: str, name: str, 
         connection,
         insert(datasets)
         .values(
-            project_uid=project_uid, uid=str(uuid4()), name=name, layout=msgspec.to_builtins(layout),
+            project_uid=project_uid, uid=str(uuid4()), project=project, name=name, layout=msgspec.to_builtins(layout),
             next_version=(await connection.execute(past)).scalar_one(), **values,
         )
         .returning(datasets),
@@ -172,11 +172,20 @@ async def change_version(connection: AsyncConnection, project_uid: str, uid: str
 
 
 async def bury_version(connection: AsyncConnection, project_uid: str, uid: str) -> None:
-    """Leave of a version its tombstone: no name reaches it, nothing that rows said is kept."""
+    """Leave of a version its tombstone: no name reaches it, nothing that rows said is kept. A claim stays: its validator cleans up."""
     e = row_errors.c
     await connection.execute(delete(row_errors).where(e.project_uid == project_uid, e.version_uid == uid))
     await change_version(
-        connection, project_uid, uid, state="DELETED", delete_time=NOW, report={}, failure=None, skipped_lines=[], claim_uid=None, sha256=""
+        connection,
+        project_uid,
+        uid,
+        state="DELETED",
+        delete_time=NOW,
+        report={},
+        failure=None,
+        skipped_lines=[],
+        upload_uid=None,
+        sha256="",
     )
 
 
@@ -268,14 +277,16 @@ async def renew_validation(connection: AsyncConnection, project_uid: str, uid: s
     return await change_version(connection, project_uid, uid, ours, validated_bytes=validated_bytes, claim_time=NOW) is not None
 
 
-async def free_validation(connection: AsyncConnection, project_uid: str, uid: str, owner: str) -> None:
-    """Let another take a validation over at once, as at our own end; the attempt does not count."""
+async def free_validation(connection: AsyncConnection, project_uid: str, uid: str, owner: str) -> str:
+    """Let another take a validation over at once, as at our own end; the attempt does not count. Returns the version's state."""
     v = dataset_versions.c
     await connection.execute(
         update(dataset_versions)
-        .where(v.project_uid == project_uid, v.uid == uid, v.claim_uid == owner, v.state == "VALIDATING")
+        .where(v.project_uid == project_uid, v.uid == uid, v.claim_uid == owner)
         .values(claim_uid=None, claim_time=None, attempts=v.attempts - 1)
     )
+    found = await connection.execute(select(v.state).where(v.project_uid == project_uid, v.uid == uid))
+    return str(found.scalar_one())
 
 
 # --- uploads ----------------------------------------------------------------------------------------------------------------------------
@@ -335,12 +346,6 @@ async def parts(connection: AsyncConnection, project_uid: str, uid: str) -> list
     return list(found.scalars())
 
 
-async def forget_parts(connection: AsyncConnection, project_uid: str, uid: str) -> None:
-    """The upload's bytes are stored elsewhere, or given up."""
-    p = upload_parts.c
-    await connection.execute(delete(upload_parts).where(p.project_uid == project_uid, p.upload_uid == uid))
-
-
 async def uploads_of(connection: AsyncConnection, project_uid: str, dataset_uid: str) -> list[Record]:
     """All uploads of a dataset that are not deleted, locked."""
     u = uploads.c
@@ -364,6 +369,29 @@ async def open_uploads(connection: AsyncConnection, project_uid: str) -> int:
     u = uploads.c
     found = await connection.execute(select(func.count()).where(u.project_uid == project_uid, u.state == "OPEN", u.expire_time > NOW))
     return int(found.scalar_one())
+
+
+async def expire_uploads(connection: AsyncConnection) -> int:
+    """Close uploads whose time is over. Returns how many."""
+    u = uploads.c
+    late = select(u.uid).where(u.state == "OPEN", u.expire_time <= NOW).limit(100).with_for_update(skip_locked=True)
+    found = await connection.execute(update(uploads).where(u.uid.in_(late.scalar_subquery())).values(state="EXPIRED", update_time=NOW))
+    return int(found.rowcount)
+
+
+async def full_uploads(connection: AsyncConnection, limit: int) -> list[Record]:
+    """Uploads whose objects nobody needs any more: given up, or put together as a version."""
+    u, v = uploads.c, dataset_versions.c
+    needed = select(v.uid).where(v.project_uid == u.project_uid, v.upload_uid == u.uid, v.state == "VALIDATING").exists()
+    statement = select(u.project_uid, u.uid).where(u.cleared.is_(False), u.state != "OPEN", ~needed).order_by(u.update_time).limit(limit)
+    return list((await connection.execute(statement)).mappings())
+
+
+async def clear_upload(connection: AsyncConnection, project_uid: str, uid: str) -> None:
+    """Its objects are gone."""
+    p, u = upload_parts.c, uploads.c
+    await connection.execute(delete(upload_parts).where(p.project_uid == project_uid, p.upload_uid == uid))
+    await connection.execute(update(uploads).where(u.project_uid == project_uid, u.uid == uid).values(cleared=True))
 
 
 # --- erasures ---------------------------------------------------------------------------------------------------------------------------
@@ -401,9 +429,30 @@ async def add_deletion(
 
 
 async def running_deletions(connection: AsyncConnection, limit: int) -> list[Record]:
-    """Erasures that are not done, oldest first."""
-    d = deletions.c
-    statement = select(deletions).where(d.state == "RUNNING").order_by(d.create_time).limit(limit).with_for_update(skip_locked=True)
+    """Erasures that are not done, oldest first; not those of a version that a validator may still be writing."""
+    d, v = deletions.c, dataset_versions.c
+    below = func.unnest(d.prefixes).column_valued("prefix")
+    path = func.concat("datasets/", v.project_uid, "/", v.dataset_uid, "/", v.uid)
+    written = (
+        select(v.uid)
+        .where(v.project_uid == d.project_uid, v.state == "DELETED", v.claim_uid.is_not(None), v.claim_time > NOW - LEASE)
+        .where(select(below).where(func.starts_with(path, below)).exists())
+        .exists()
+    )
+    statement = select(deletions).where(d.state == "RUNNING", ~written).order_by(d.create_time).limit(limit)
+    return list((await connection.execute(statement)).mappings())
+
+
+async def expired_versions(connection: AsyncConnection, limit: int) -> list[Record]:
+    """Versions whose retention is over, locked, with the names above them."""
+    v, d = dataset_versions.c, datasets.c
+    statement = (
+        select(dataset_versions, d.project, d.name.label("dataset_name"))
+        .join(datasets, and_(d.project_uid == v.project_uid, d.uid == v.dataset_uid))
+        .where(v.expire_time <= NOW, v.state != "DELETED")
+        .limit(limit)
+        .with_for_update(skip_locked=True, of=dataset_versions)
+    )
     return list((await connection.execute(statement)).mappings())
 
 

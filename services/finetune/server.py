@@ -1,20 +1,32 @@
 """The only wiring of the fine-tuning service: settings and protocols in, a served address out."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from argosy.v1 import dataset_pb2_grpc
 from services.chassis import signing
 from services.chassis.errors import ScopeMissing
 from services.chassis.identity import Caller, CallerVerifier
 from services.chassis.interceptors import Policy, verified
+from services.chassis.lists import PageTokens
 from services.chassis.objects import Objects, open_objects
 from services.chassis.server import Serving, serve
 from services.chassis.telemetry import Telemetry
+from services.finetune.erasing import Eraser
+from services.finetune.servicers import dataset
+from services.finetune.servicers.dataset import DatasetServicer
+from services.finetune.servicers.resources import Desk
 from services.finetune.settings import FineTuneSettings
 from services.finetune.store import FineTuneStore, open_store
+from services.finetune.validating import Validators
 
 AUDIENCE = "argosy.finetune"  # what the gateway signs callers for
 UNARY_SECONDS = 60.0  # deadline cap of what is no stream
@@ -47,6 +59,30 @@ def permit(method: str, caller: Caller) -> None:
         raise ScopeMissing("fleet")
 
 
+def _adding(add: Any, servicer: object) -> Callable[[Any], object]:
+    """How a servicer is added to a server."""
+    return partial(add, servicer)
+
+
+def _secret(hexadecimal: str) -> bytes:
+    """32 bytes behind 64 hex digits; drawn where there are none. Raises ValueError, which never shows them."""
+    made = bytes.fromhex(hexadecimal) if hexadecimal else os.urandom(32)
+    if len(made) != 32:
+        raise ValueError("the page token key must be 64 hex digits")
+    return made
+
+
+@asynccontextmanager
+async def _working(work: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """Run `work` beside the server until left."""
+    task = asyncio.create_task(work())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 @asynccontextmanager
 async def finetune(
     settings: FineTuneSettings,
@@ -70,7 +106,16 @@ async def finetune(
             objects = open_objects(settings.store_url)
             stack.callback(objects.close)
         behind = verified(verifier or CallerVerifier(signing.public_keys(settings.caller_public_keys), AUDIENCE))
-        services: list[tuple[str, Callable[[Any], object]]] = []  # full name, and how it is added to the server
+        key = signing.private_key(settings.manifest_key) if settings.manifest_key else Ed25519PrivateKey.generate()
+        desk = Desk(store, PageTokens(_secret(settings.page_token_key)))
+        validators = Validators(store, objects, settings.datasets)
+        eraser = Eraser(store, objects, settings.datasets, key, settings.manifest_kid)
+        datasets = DatasetServicer(desk, objects, settings.datasets, changed=(validators.wake, eraser.wake))
+        services: list[tuple[str, Callable[[Any], object]]] = [  # full name, and how it is added to the server
+            (dataset.SERVICE, _adding(dataset_pb2_grpc.add_DatasetServiceServicer_to_server, datasets)),
+        ]
+        for work in (validators.run, eraser.run):
+            await stack.enter_async_context(_working(work))
         policy = Policy(
             authenticate=behind,
             permit=permit,

@@ -131,6 +131,7 @@ class UploadWriter:
                 connection, self._project, self._uid, self._epoch, start, size, path, msgspec.to_builtins(self._scan)
             )
             if row is None:
+                await self._objects.delete(path)  # nobody will know of it
                 raise UploadFenced
             if limit and row["total_bytes"] is None and await dataset_store.stored_bytes(connection, self._project) > limit:
                 raise QuotaExceeded("stored_bytes")
@@ -162,9 +163,7 @@ class UploadWriter:
             )  # fmt: skip
             if row is None:
                 raise UploadFenced
-            await dataset_store.forget_parts(connection, self._project, self._uid)
         self._hashers.forget(self._uid)
-        await self._objects.delete_prefix(f"uploads/{self._project}/{self._uid}")
         raise UnsupportedFormat(breach.rule, breach.line, breach.byte_offset)
 
 

@@ -94,7 +94,6 @@ class Validators:
 
     store: FineTuneStore
     objects: Objects
-    store_url: str
     settings: DatasetSettings
     bases: tuple[tuple[str, str], ...] = ()  # base model and directory, of those whose tokenizer is here
     host: Host | None = None
@@ -107,6 +106,7 @@ class Validators:
 
     async def run(self) -> None:
         """Work until cancelled; what is under way then is left to the next start at once."""
+        await self.store.ready.wait()
         async with asyncio.TaskGroup() as group:
             for _ in range(self.settings.validators):
                 group.create_task(self._work(), name="validator")
@@ -121,6 +121,8 @@ class Validators:
                     continue
             except StoreUnavailable:
                 log.warning("validation waits for the database or the object store")
+            except Exception:  # a fault of ours in one version must not end the validation of all
+                log.exception("a validation failed on our side")
             self._wake.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
@@ -129,7 +131,7 @@ class Validators:
         if row["attempts"] > ATTEMPTS:
             await self._reject(row, {"reason": "INTERNAL", "metadata": {}})
             return
-        host = self.host or (ThreadHost(self.objects) if self.store_url.startswith("memory:") else ProcessHost())
+        host = self.host or (ThreadHost(self.objects) if self.objects.url.startswith("memory:") else ProcessHost())
         task, derived_uid = await self._task(row)
         started = time.monotonic()
         try:
@@ -141,15 +143,27 @@ class Validators:
             with suppress(StoreUnavailable):
                 await asyncio.shield(self._free(row))
             raise
-        if outcome is None:
-            return
-        with suppress(_NotOurs):
+        try:
+            if outcome is None:
+                raise _NotOurs
             await self._settle(row, outcome, derived_uid)
             log.info("validated %d rows in %.1f s", outcome.rows, time.monotonic() - started)
+        except _NotOurs:
+            await self._give_up(row, derived_uid)
 
-    async def _free(self, row: Record) -> None:
+    async def _free(self, row: Record) -> str:
         async with self.store.transaction() as connection:
-            await dataset_store.free_validation(connection, row["project_uid"], row["uid"], self._owner)
+            return await dataset_store.free_validation(connection, row["project_uid"], row["uid"], self._owner)
+
+    async def _give_up(self, row: Record, derived_uid: str) -> None:
+        """Remove what was written of a version that was deleted meanwhile; then its erasure may say that it is done."""
+        above = f"datasets/{row['project_uid']}/{row['dataset_uid']}"
+        async with self.store.transaction() as connection:
+            now = await dataset_store.version_of_uid(connection, row["project_uid"], row["uid"])
+        if now is not None and now["state"] == "DELETED":
+            for uid in filter(None, (row["uid"], derived_uid)):
+                await self.objects.delete_prefix(f"{above}/{uid}")
+        await self._free(row)
 
     async def _progress(self, row: Record, done: int) -> bool:
         try:
@@ -170,7 +184,7 @@ class Validators:
         data = data_path(project, whole, row["uid"])
         derived_uid = str(uuid4()) if row["skip_errors"] else ""
         return Task(
-            store_url=self.store_url,
+            store_url=self.objects.url,
             data=data,
             sha256=row["sha256"],
             total_bytes=row["total_bytes"],
@@ -222,12 +236,8 @@ class Validators:
             if changed is None:
                 raise _NotOurs
             await dataset_store.keep_row_errors(connection, project, row["uid"], outcome.findings)
-            if row["upload_uid"] is not None:
-                await dataset_store.forget_parts(connection, project, row["upload_uid"])
         if clean is not None:
             self.wake()
-        if row["upload_uid"] is not None:
-            await self.objects.delete_prefix(f"uploads/{project}/{row['upload_uid']}")
 
     async def _reject(self, row: Record, failure: dict[str, Any]) -> None:
         async with self.store.transaction() as connection:

@@ -1,7 +1,6 @@
 """DatasetService over real gRPC for tests: a PostgreSQL of their own, a folder of objects, callers signed as the gateway signs them."""
 
 import asyncio
-import contextlib
 import hashlib
 import os
 import time
@@ -16,12 +15,13 @@ import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from argosy.v1 import dataset_pb2 as pb
-from argosy.v1 import dataset_pb2_grpc
+from argosy.v1 import dataset_pb2_grpc, deletion_pb2
 from services.chassis.identity import CALLER_KEY, Caller, CallerSigner, CallerVerifier
 from services.chassis.interceptors import Policy, verified
 from services.chassis.lists import PageTokens
 from services.chassis.objects import Objects, open_objects
 from services.chassis.server import Listener, serve
+from services.finetune.erasing import Eraser
 from services.finetune.servicers.dataset import SERVICE, DatasetServicer
 from services.finetune.servicers.resources import Desk
 from services.finetune.settings import DatasetSettings
@@ -91,6 +91,13 @@ class Tenant:
         """A version of these bytes, READY or REJECTED."""
         return await self.validated((await self.upload(dataset, data, skip)).name)
 
+    async def deleted(self, deletion: deletion_pb2.Deletion) -> deletion_pb2.Deletion:
+        """The erasure once it is DONE."""
+        async with asyncio.timeout(30):
+            while (found := await self("GetDeletion", pb.GetDeletionRequest(name=deletion.name))).state != found.STATE_DONE:
+                await asyncio.sleep(0.02)
+        return found
+
     async def findings(self, version: str, **asked: Any) -> list[tuple[int, int, str, str]]:
         reply = await self("ListRowErrors", pb.ListRowErrorsRequest(parent=version, page_size=1_000, **asked))
         return [(found.line, found.byte_offset, found.field, found.rule) for found in reply.row_errors]
@@ -106,6 +113,7 @@ class Served:
     objects: Objects
     servicer: DatasetServicer
     validators: Validators
+    eraser: Eraser
 
     def tenant(self, project: str = "") -> Tenant:
         return Tenant(dataset_pb2_grpc.DatasetServiceStub(self.channel), project or f"t-{uuid4().hex[:8]}")
@@ -119,8 +127,11 @@ async def datasets_served(
     url = f"file://{folder}"
     objects = open_objects(url)
     async with open_store(database_url, wait=True) as store:
-        validators = Validators(store, objects, url, settings)
-        servicer = DatasetServicer(Desk(store, PageTokens(os.urandom(32))), objects, settings, changed=validators.wake, **values)
+        validators = Validators(store, objects, settings)
+        eraser = Eraser(store, objects, settings, KEY, "test")
+        servicer = DatasetServicer(
+            Desk(store, PageTokens(os.urandom(32))), objects, settings, changed=(validators.wake, eraser.wake), **values
+        )
         verifier = CallerVerifier({"test": KEY.public_key()}, AUDIENCE)
         policy = Policy(authenticate=verified(verifier), deadline_cap_s=lambda method: 60.0)
         async with serve(
@@ -130,15 +141,14 @@ async def datasets_served(
             policy=policy,
         ) as serving:
             await serving.ready()
-            working = asyncio.create_task(validators.run()) if validate else None
+            working = [asyncio.create_task(each.run()) for each in (validators, eraser) if validate]
             options = [("grpc.use_local_subchannel_pool", 1)]
             async with grpc.aio.insecure_channel(serving.address, options=options) as channel:
                 try:
-                    yield Served(serving.address, channel, store, objects, servicer, validators)
+                    yield Served(serving.address, channel, store, objects, servicer, validators, eraser)
                 finally:
-                    if working is not None:
-                        working.cancel()
-                        with contextlib.suppress(asyncio.CancelledError):
-                            await working
+                    for task in working:
+                        task.cancel()
+                    await asyncio.gather(*working, return_exceptions=True)
             await serving.drain(announce_s=0, grace_s=0)
     objects.close()

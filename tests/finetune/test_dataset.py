@@ -1,5 +1,6 @@
 """DatasetService over real gRPC, on a real PostgreSQL and a real folder."""
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 
@@ -28,4 +29,7 @@ async def test_upload_to_ready(served: Served) -> None:
     assert {count.label: count.rows for count in version.report.labels} == {"sport": 10, "weather": 10}
     shown = await tenant("GetDataset", pb.GetDatasetRequest(name=dataset.name))
     assert shown.latest_version == version.name
-    assert [path async for path, _ in served.objects.list(f"uploads/{tenant.uid}")] == []
+    served.eraser.wake()
+    async with asyncio.timeout(20):
+        while [path async for path, _ in served.objects.list(f"uploads/{tenant.uid}")]:
+            await asyncio.sleep(0.02)

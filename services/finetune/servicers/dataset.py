@@ -56,13 +56,13 @@ READ_BYTES = 512 << 10  # of one message
 
 @dataclass(eq=False)
 class DatasetServicer:
-    """argosy.v1.DatasetService. `changed` is called when there is something to validate or to erase."""
+    """argosy.v1.DatasetService. Each of `changed` is called when there may be something to validate or to erase."""
 
     desk: Desk
     objects: Objects
     settings: DatasetSettings
     dependants: Sequence[Dependants] = ()
-    changed: Callable[[], None] = lambda: None
+    changed: Sequence[Callable[[], None]] = ()
     _hashers: Hashers = field(default_factory=Hashers)
 
     # --- datasets -----------------------------------------------------------------------------------------------------------------------
@@ -79,7 +79,8 @@ class DatasetServicer:
                 raise ResourceExists("dataset_id")
             asked = request.dataset
             row = await dataset_store.add_dataset(
-                connection, who.project_uid, request.dataset_id, layout, display_name=asked.display_name, labels=dict(asked.labels),
+                connection, who.project_uid, who.project, request.dataset_id, layout,
+                display_name=asked.display_name, labels=dict(asked.labels),
                 retention_seconds=asked.retention.seconds if asked.HasField("retention") else None,
             )  # fmt: skip
             return messages.dataset(row, who.project)
@@ -134,6 +135,10 @@ class DatasetServicer:
             return await self._shown(connection, changed)
 
         return await self.desk.change("UpdateDataset", request, pb.Dataset, work)
+
+    def _tell(self) -> None:
+        for each in self.changed:
+            each()
 
     async def _shown(self, connection: AsyncConnection, row: Record) -> pb.Dataset:
         latest = await dataset_store.latest_ready(connection, row["project_uid"], [row["uid"]])
@@ -252,17 +257,12 @@ class DatasetServicer:
                     connection, parent, layout, sha256=sha256, total_bytes=row["persisted_bytes"], upload_uid=row["uid"],
                     skip_errors=request.on_error == pb.ON_ROW_ERROR_SKIP,
                 )  # fmt: skip
-            else:
-                await dataset_store.forget_parts(connection, who.project_uid, row["uid"])
-                await dataset_store.add_deletion(
-                    connection, who.project_uid, request.name, (), [f"uploads/{who.project_uid}/{row['uid']}"], {}
-                )  # fmt: skip
             await dataset_store.change_upload(connection, who.project_uid, row["uid"], state="FINALIZED", version_uid=found["uid"])
             return await self._version(connection, found, above)
 
         shown = await self.desk.change("FinalizeUpload", request, pb.DatasetVersion, work)
         self._hashers.forget(before["uid"])
-        self.changed()
+        self._tell()
         return shown
 
     async def DeleteUpload(self, request: pb.DeleteUploadRequest, context: Any) -> deletion_pb2.Deletion:
@@ -273,16 +273,14 @@ class DatasetServicer:
 
         async def work(connection: AsyncConnection) -> deletion_pb2.Deletion:
             row = await _upload(connection, request.name, lock=True)
-            taken = row["state"] == "FINALIZED"  # its parts are the version's until they are put together
+            needed = row["state"] == "FINALIZED"  # its parts are the version's until they are put together; then they go anyway
             await dataset_store.change_upload(connection, who.project_uid, row["uid"], state="DELETED", scan={}, failure=None)
-            if not taken:
-                await dataset_store.forget_parts(connection, who.project_uid, row["uid"])
-            gone = () if taken else (f"uploads/{who.project_uid}/{row['uid']}",)
+            gone = () if needed else (f"uploads/{who.project_uid}/{row['uid']}",)
             made = await dataset_store.add_deletion(connection, who.project_uid, request.name, [request.name], gone, {})
             return messages.deletion(made, who.project)
 
         shown = await self.desk.change("DeleteUpload", request, deletion_pb2.Deletion, work, resource=lambda made: made.target)
-        self.changed()
+        self._tell()
         return shown
 
     # --- versions -----------------------------------------------------------------------------------------------------------------------
@@ -349,7 +347,7 @@ class DatasetServicer:
             return await self._version(connection, made, above)
 
         shown = await self.desk.change("RedactDatasetVersion", request, pb.DatasetVersion, work)
-        self.changed()
+        self._tell()
         return shown
 
     async def ListRowErrors(self, request: pb.ListRowErrorsRequest, context: Any) -> pb.ListRowErrorsResponse:
@@ -399,7 +397,6 @@ class DatasetServicer:
             opened = await dataset_store.uploads_of(connection, project, row["uid"])
             for each in opened:
                 await dataset_store.change_upload(connection, project, each["uid"], state="DELETED", scan={}, failure=None)
-                await dataset_store.forget_parts(connection, project, each["uid"])
             made = await self._erase(
                 connection, request.name, versions, request.name, request.cascade, also=(request.name,),
                 prefixes=(f"datasets/{project}/{row['uid']}", *(f"uploads/{project}/{each['uid']}" for each in opened)),
@@ -411,7 +408,7 @@ class DatasetServicer:
             return made
 
         shown = await self.desk.change("DeleteDataset", request, deletion_pb2.Deletion, work, resource=lambda made: made.target)
-        self.changed()
+        self._tell()
         return shown
 
     async def DeleteDatasetVersion(self, request: pb.DeleteDatasetVersionRequest, context: Any) -> deletion_pb2.Deletion:
@@ -424,12 +421,11 @@ class DatasetServicer:
             lists.check_etag(request.etag, row["uid"], row["revision"])
             prefixes = [f"datasets/{row['project_uid']}/{parent['uid']}/{row['uid']}"]
             if row["upload_uid"] is not None:
-                await dataset_store.forget_parts(connection, row["project_uid"], row["upload_uid"])
                 prefixes.append(f"uploads/{row['project_uid']}/{row['upload_uid']}")
             return await self._erase(connection, request.name, (row,), _above(request.name), request.cascade, prefixes=prefixes)
 
         shown = await self.desk.change("DeleteDatasetVersion", request, deletion_pb2.Deletion, work, resource=lambda made: made.target)
-        self.changed()
+        self._tell()
         return shown
 
     async def _erase(

@@ -14,6 +14,7 @@ TABLES: tuple[str, ...] = (
     CREATE TABLE datasets (
         project_uid uuid NOT NULL,
         uid uuid NOT NULL UNIQUE,
+        project text NOT NULL,
         name text NOT NULL CHECK (name ~ '^[a-z0-9-]{1,63}$'),
         display_name text NOT NULL DEFAULT '',
         labels jsonb NOT NULL DEFAULT '{}',
@@ -99,6 +100,7 @@ TABLES: tuple[str, ...] = (
         scan jsonb NOT NULL DEFAULT '{}',
         failure jsonb,
         version_uid uuid,
+        cleared boolean NOT NULL DEFAULT false,
         create_time timestamptz NOT NULL DEFAULT clock_timestamp(),
         update_time timestamptz NOT NULL DEFAULT clock_timestamp(),
         expire_time timestamptz NOT NULL,
@@ -107,6 +109,8 @@ TABLES: tuple[str, ...] = (
     )
     """,
     "CREATE INDEX uploads_open ON uploads (expire_time) WHERE state = 'OPEN'",
+    # `cleared`: its objects are gone, and its parts forgotten.
+    "CREATE INDEX uploads_full ON uploads (update_time) WHERE NOT cleared AND state <> 'OPEN'",
     # What of an upload is stored for good: a part whose row was never committed is not a part, whatever lies in the object store.
     """
     CREATE TABLE upload_parts (
