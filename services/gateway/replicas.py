@@ -506,12 +506,13 @@ def load_from(load: engine_pb2.EngineLoad) -> routing.Load:
 
 
 def served_from(info: engine_pb2.EngineInfo) -> Served:
-    """What a replica serves, with the public description of its model."""
+    """What a replica serves, with the public description of its model: a base has no head, whatever its engine can do with one."""
+    capabilities = [capability for capability in info.capabilities if capability != model_pb2.MODEL_CAPABILITY_CLASSIFY_TUNED]
     model = model_pb2.Model(
         name=info.model,
         uid=info.base_digest,
         base_digest=info.base_digest,
-        capabilities=info.capabilities,
+        capabilities=capabilities,
         context_tokens=info.context_tokens,
         vocabulary_size=info.vocabulary_size,
         embedding_dimensions=info.embedding_dimensions,
@@ -524,7 +525,7 @@ def served_from(info: engine_pb2.EngineInfo) -> Served:
         context_tokens=info.context_tokens,
         capabilities=frozenset(
             model_pb2.ModelCapability.Name(capability).removeprefix("MODEL_CAPABILITY_")
-            for capability in info.capabilities
+            for capability in capabilities
             if capability in model_pb2.ModelCapability.values()  # a newer replica may know more
         ),
         description=model.SerializeToString(),

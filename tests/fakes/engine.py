@@ -94,6 +94,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     faults: Faults = field(default_factory=Faults)
     adapter_slots: int = 4
     adapters: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # loaded: project uid and digest → labels, oldest use first
+    stored: set[tuple[str, str]] = field(default_factory=set)  # what exists, by project uid and digest; empty: whatever is asked for
     labels: dict[str, list[str]] = field(default_factory=dict)  # of the heads in the store, by digest
     load: engine_pb2.EngineLoad = field(
         default_factory=lambda: engine_pb2.EngineLoad(
@@ -226,7 +227,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
 
     async def _adapt(self, digest: str, record: Record, context: Any) -> None:
         """Have an adapter of the caller's project loaded, as a pod does before it computes."""
-        if digest in self.faults.unloadable:
+        if digest in self.faults.unloadable or (self.stored and (self._owner(record), digest) not in self.stored):
             await _refuse(context, ResourceNotFound("model"))
         key = (self._owner(record), digest)
         self.adapters[key] = self.adapters.pop(key, self.labels.get(digest, []))

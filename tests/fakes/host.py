@@ -204,7 +204,10 @@ class FakeHost:
             yield Done(call.id, *nothing, self.error)
             return
         if isinstance(call, Evict):
-            self.adapters = {key: ready for key, ready in self.adapters.items() if key[1] != call.digest}
+            gone = {key for key in self.adapters if key[1] == call.digest and call.owner in ("", key[0])}
+            self.adapters = {key: ready for key, ready in self.adapters.items() if key not in gone}
+            if gone:
+                self.set_load(msgspec.structs.replace(self.load, adapters=tuple(d for d in self.load.adapters if d != call.digest)))
             yield Done(call.id, *nothing)
             return
         digest = call.digest if isinstance(call, Prefetch) else call.adapter
@@ -214,6 +217,8 @@ class FakeHost:
                 yield AdapterReady(call.id, digest, error="adapter_unknown")
             yield Done(call.id, *nothing, "adapter_unknown")
             return
+        if digest and digest not in self.load.adapters:
+            self.set_load(msgspec.structs.replace(self.load, adapters=(*self.load.adapters, digest)))
         match call:
             case Generate():
                 async for message in self._generate(call):

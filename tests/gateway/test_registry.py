@@ -189,6 +189,17 @@ async def test_a_head_classifies_and_writes_nothing() -> None:
         assert refused(error.value) == "MODEL_CAPABILITY"
 
 
+async def test_a_base_has_no_head_whatever_its_engine_can_do_with_one() -> None:
+    async with tuned(script={"capabilities": ("GENERATE", "CLASSIFY_TUNED")}) as (_, _engines, at):
+        model = await at.models.GetModel(model_pb2.GetModelRequest(name="models/fake"), metadata=metadata(), timeout=5)
+        assert TUNED not in model.capabilities
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await at.language.ClassifyText(
+                language_pb2.ClassifyTextRequest(model="models/fake", texts=["a"]), metadata=metadata(), timeout=5
+            )
+        assert refused(error.value) == "MODEL_CAPABILITY"
+
+
 async def test_an_explanation_is_billed_by_passes() -> None:
     async with tuned(script={"capabilities": ("GENERATE", "EXPLAIN")}) as (fake, (engine,), at):
         fake.names["uid-acme", MODEL] = means(target(2, TWO, tuned_labels=["tech", "sport"]))

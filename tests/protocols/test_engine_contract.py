@@ -1,6 +1,7 @@
 """What the gateway expects of any EngineService: held by the fake engine, and by a real replica over a fake host."""
 
 import asyncio
+import dataclasses
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,7 +19,7 @@ from services.gateway.replicas import AUDIENCE
 from services.gateway.servicers.relay import USAGE_KEY
 from tests.fakes.engine import fake_engine
 from tests.fakes.host import FakeHost
-from tests.inference.replicas import KEY, client, ids, signed
+from tests.inference.replicas import CALLER, KEY, client, ids, signed
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Subject:
     running: Callable[[], int]
     output_tokens: Callable[[], int]
     lose: Callable[[], Any]  # the engine dies, the wire process says so
+    store: Callable[[str, str], object]  # lets a project (by uid) have an adapter of this digest
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until the ground truth satisfies `condition`; the two engines have no event in common."""
@@ -37,11 +39,11 @@ class Subject:
             while not condition():
                 await asyncio.sleep(0.002)
 
-    def call(self, prompt: str = "hello world", *, metadata: Any = None, **config: Any) -> Any:
+    def call(self, prompt: str = "hello world", *, metadata: Any = None, adapter: str = "", **config: Any) -> Any:
         request = engine_pb2.GenerateRequest(
             generation_id=str(uuid.uuid4()),
             request_id=str(uuid.uuid4()),
-            model=content_pb2.ServedModel(version=self.model),
+            model=content_pb2.ServedModel(version=self.model, adapter_digest=adapter),
             text=prompt,
             config=config_pb2.GenerationConfig(**config),
         )
@@ -71,12 +73,16 @@ async def fake(words: list[str], *, hold: bool = False) -> AsyncIterator[Subject
             assert gate is not None
             gate.release()
 
+        def store(owner: str, digest: str) -> None:
+            engine.stored.add((owner, digest))
+
         yield Subject(
             engine_pb2_grpc.EngineServiceStub(channel),
             engine.model,
             lambda: len(engine.running),
             lambda: engine.output_tokens,
             lose,
+            store,
         )
 
 
@@ -93,6 +99,7 @@ async def real(words: list[str], *, hold: bool = False) -> AsyncIterator[Subject
             lambda: len(host.running),
             lambda: host.totals["tokens"],
             host.lose,
+            host.tuned,
         )
 
 
@@ -243,3 +250,74 @@ async def test_tokens_are_counted_without_generating(engine: Made) -> None:
         counted = await subject.stub.CountTokens(request, metadata=signed(), timeout=5)
         assert counted.tokens > 0 and counted.tokens + counted.room == 512
         assert subject.output_tokens() == 0
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------------------------
+
+ADAPTER = "ad" * 32
+OTHER = dataclasses.replace(CALLER, project_uid="p-2", project="evil")
+
+
+def reason(error: grpc.aio.AioRpcError) -> str:
+    info = error_info(error)
+    return info.reason if info is not None else error.code().name
+
+
+async def prefetch(subject: Subject, digest: str = ADAPTER, metadata: Any = None) -> engine_pb2.PrefetchAdapterResponse:
+    request = engine_pb2.PrefetchAdapterRequest(adapter_digest=digest)
+    reply: engine_pb2.PrefetchAdapterResponse = await subject.stub.PrefetchAdapter(request, metadata=metadata or signed(), timeout=5)
+    return reply
+
+
+async def held(subject: Subject, metadata: Any = None) -> list[str]:
+    reply = await subject.stub.ListAdapters(engine_pb2.ListAdaptersRequest(), metadata=metadata or signed(), timeout=5)
+    return [adapter.adapter_digest for adapter in reply.adapters]
+
+
+async def test_an_adapter_is_loaded_listed_and_evicted(engine: Made) -> None:
+    async with engine(WORDS) as subject:
+        subject.store(CALLER.project_uid, ADAPTER)
+        assert (await prefetch(subject)).adapter.adapter_digest == ADAPTER
+        await prefetch(subject)  # safe to repeat
+        assert await held(subject) == [ADAPTER]
+        evict = engine_pb2.EvictAdapterRequest(adapter_digest=ADAPTER)
+        for evicted in (True, False):
+            assert (await subject.stub.EvictAdapter(evict, metadata=signed(), timeout=5)).evicted is evicted
+        assert await held(subject) == []
+
+
+async def test_a_call_with_an_adapter_names_it_and_leaves_it_loaded(engine: Made) -> None:
+    async with engine(WORDS) as subject:
+        subject.store(CALLER.project_uid, ADAPTER)
+        events = await subject.events(subject.call(adapter=ADAPTER))
+        assert events[0].started.model.adapter_digest == ADAPTER and events[-1].WhichOneof("event") == "completed"
+        assert await held(subject) == [ADAPTER]
+
+
+async def test_the_load_names_what_is_resident(engine: Made) -> None:
+    async with engine(WORDS) as subject:
+        subject.store(CALLER.project_uid, ADAPTER)
+        await prefetch(subject)
+        loads = subject.stub.WatchLoad(engine_pb2.WatchLoadRequest(), metadata=signed(), timeout=10)
+        async with asyncio.timeout(10):
+            while ADAPTER not in (await loads.read()).resident_adapters:
+                pass
+        loads.cancel()
+
+
+async def test_A10_another_projects_adapter_is_as_unknown_as_a_random_one(engine: Made) -> None:
+    async with engine(WORDS) as subject:
+        subject.store(CALLER.project_uid, ADAPTER)
+        await prefetch(subject)
+        said = set()
+        for digest in (ADAPTER, "00" * 32):
+            error = await failure(subject.call(adapter=digest, metadata=signed(OTHER)))
+            said.add((error.code(), reason(error), error.details()))
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await prefetch(subject, digest, signed(OTHER))
+            said.add((refused.value.code(), reason(refused.value), refused.value.details()))
+        assert {(code, why) for code, why, _ in said} == {(grpc.StatusCode.NOT_FOUND, "RESOURCE_NOT_FOUND")} and len(said) == 1
+        assert await held(subject, signed(OTHER)) == [] and subject.output_tokens() == 0
+        evict = engine_pb2.EvictAdapterRequest(adapter_digest=ADAPTER)
+        assert not (await subject.stub.EvictAdapter(evict, metadata=signed(OTHER), timeout=5)).evicted
+        assert await held(subject) == [ADAPTER]
