@@ -22,7 +22,7 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True)
 class Reservation:
-    """The most one generation may cost. Counts are tokens."""
+    """The most one generation may cost. Counts are tokens, but for `passes`."""
 
     generation_id: str  # UUID, one an attempt
     request_id: str  # the caller's UUID; empty: no protection against running twice
@@ -34,6 +34,7 @@ class Reservation:
     input_tokens: int
     output_tokens: int
     body_digest: bytes  # of the request; another body under the same request id is refused. Empty: not compared
+    passes: int = 0  # forward + backward, of Explain
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,11 @@ class Tariff:
 
     def highest(self, reservation: Reservation) -> int:
         """The most the reservation may cost, in nanos."""
-        return reservation.input_tokens * self.input_nanos + reservation.output_tokens * self.output_nanos
+        return (
+            reservation.input_tokens * self.input_nanos
+            + reservation.output_tokens * self.output_nanos
+            + reservation.passes * self.pass_nanos
+        )
 
     def price(self, settlement: Settlement) -> int:
         """What the settlement costs, in nanos."""

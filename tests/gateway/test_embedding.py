@@ -1,9 +1,9 @@
-"""EmbeddingService and ExplanationService through a real gateway server to a fake engine."""
+"""EmbeddingService through a real gateway server to a fake engine."""
 
 import grpc
 import pytest
 
-from argosy.v1 import embedding_pb2, explanation_pb2
+from argosy.v1 import embedding_pb2
 from services.chassis.status import error_info
 from services.gateway.ledger import Outcome
 from tests.fakes.edge import edge, metadata
@@ -26,14 +26,3 @@ async def test_a_model_that_cannot_embed_says_so() -> None:
             await at.embedding.EmbedTexts(embedding_pb2.EmbedTextsRequest(model="models/fake", texts=["x"]), metadata=metadata(), timeout=5)
         info = error_info(error.value)
         assert info is not None and (info.reason, info.metadata["capability"]) == ("MODEL_CAPABILITY", "EMBED")
-
-
-async def test_no_model_explains_yet() -> None:
-    async with fake_engine() as engine, edge(engine) as at:
-        target = explanation_pb2.ClassifyTarget(text="x", preset=1)
-        request = explanation_pb2.ExplainRequest(model="models/fake", classify=target)
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            await at.explanation.Explain(request, metadata=metadata(), timeout=5)
-        info = error_info(error.value)
-        assert info is not None and (info.reason, info.metadata["capability"]) == ("MODEL_CAPABILITY", "EXPLAIN")
-        assert not at.ledger.reserved

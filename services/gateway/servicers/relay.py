@@ -154,6 +154,12 @@ class Plan:
     prefix: bytes = b""  # of the prompt, for affinity
     time_limit_s: float | None = None
     stream: bool = False
+    passes: int = 0  # the most, each over `input_tokens`; 0: one, and not billed as such
+
+    @property
+    def read_tokens(self) -> int:
+        """The most that is read, over all passes."""
+        return self.input_tokens * max(1, self.passes)
 
 
 class End(enum.Enum):
@@ -602,9 +608,10 @@ class Relay:
             method=plan.method,
             model=plan.model,
             version=plan.served.name,
-            input_tokens=plan.input_tokens,
+            input_tokens=plan.read_tokens,
             output_tokens=plan.output_tokens,
             body_digest=plan.body_digest,
+            passes=plan.passes,
         )
         task = asyncio.ensure_future(self.ledger.reserve(reservation))
         try:
@@ -622,7 +629,8 @@ class Relay:
         return Ask(
             project_uid=plan.caller.project_uid,
             rank=plan.rank,
-            cost=plan.input_tokens + min(plan.output_tokens, self._expected),
+            # Passes differ in one place each: about half of what they read is in the replica's cache.
+            cost=plan.read_tokens / (2 if plan.passes else 1) + min(plan.output_tokens, self._expected),
             latest_start=now + min(left, self.placing.queue_seconds, soft),
             latest_end=now + left if left < soft else math.inf,  # what is cut by a soft limit ends well however slow it was
             key=affinity(plan.caller.project_uid, plan.prefix),
