@@ -6,6 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import and_, func, insert, literal, select, update
+from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -86,6 +87,13 @@ async def version_of_job(connection: AsyncConnection, project_uid: str, job_uid:
     return await one(connection, select(model_versions).where(v.project_uid == project_uid, v.job_uid == job_uid, v.source == "JOB", _live))
 
 
+async def has_versions(connection: AsyncConnection, project_uid: str, model_uid: str) -> bool:
+    """Whether the model has a version that is not deleted."""
+    v = model_versions.c
+    there = select(model_versions).where(v.project_uid == project_uid, v.model_uid == model_uid, _live).exists()
+    return bool((await connection.execute(select(there))).scalar())
+
+
 async def newest_ready(connection: AsyncConnection, project_uid: str, model_uid: str) -> Record | None:
     """The READY version of the highest number."""
     v = model_versions.c
@@ -99,7 +107,7 @@ async def default_versions(connection: AsyncConnection, project_uid: str, model_
     prod = and_(a.project_uid == v.project_uid, a.model_uid == v.model_uid, a.name == PROD)
     statement = (
         select(model_versions)
-        .distinct(v.model_uid)
+        .ext(distinct_on(v.model_uid))
         .join(model_aliases, prod, isouter=True)
         .where(v.project_uid == project_uid, v.model_uid.in_(list(model_uids)), v.state == "READY", _live)
         .order_by(v.model_uid, func.coalesce(a.target == v.number, literal(False)).desc(), v.number.desc())
