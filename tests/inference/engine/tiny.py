@@ -21,7 +21,7 @@ GREEDY = Sampling(seed=0, temperature=0.0)
 DEVICE = os.environ.get("ARGOSY_TEST_DEVICE", "cpu")
 
 
-def config(family: str) -> Any:
+def config(family: str, **changes: Any) -> Any:
     import transformers as t
 
     shared: dict[str, Any] = {
@@ -37,7 +37,7 @@ def config(family: str) -> Any:
         "eos_token_id": 1,
         "pad_token_id": 0,
         "initializer_range": 0.6,
-    }
+    } | changes
     windows = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
     if family == "gemma3":
         return t.Gemma3TextConfig(**shared | windows | {"num_key_value_heads": 1, "query_pre_attn_scalar": 8})
@@ -52,14 +52,14 @@ def config(family: str) -> Any:
     return t.MistralConfig(**shared, sliding_window=WINDOW)
 
 
-def save(family: str, directory: Path) -> Path:
-    """A model directory with random weights; the same each time."""
+def save(family: str, directory: Path, **changes: Any) -> Path:
+    """A model directory with random weights, the same each time; `changes` are fields of its config."""
     import transformers as t
 
     torch.manual_seed(7)
     with torch.random.fork_rng():
         torch.manual_seed(FAMILIES.index(family) + 1)
-        model = t.AutoModelForCausalLM.from_config(config(family), dtype=torch.float32)
+        model = t.AutoModelForCausalLM.from_config(config(family, **changes), dtype=torch.float32)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(directory, safe_serialization=True)
