@@ -1,4 +1,4 @@
-"""Texts that are nearly alike: 16 minima of hashed word pairs a text (32 bytes), found again by bands of four.
+"""Texts that are nearly alike: 16 minima of hashed word pairs a text (MinHash, 32 bytes), found again by bands of four.
 
 Two texts that share nine of ten word pairs are found with 98 %, and told apart from chance by comparing the minima themselves.
 """
@@ -18,10 +18,11 @@ MAX_TEXTS = 2_000_000  # compared with each other: 64 MB of minima
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 _MIX = np.uint32(0x9E3779B1)
+_FACTORS = np.random.Generator(np.random.PCG64(20)).integers(0, 1 << 32, MINIMA, dtype=np.uint32) | np.uint32(1)
 
 
 def minima(texts: Sequence[str]) -> NDArray[np.uint16]:
-    """[texts, 16]: for each of 16 classes of word-pair hashes its least member, case and punctuation aside."""
+    """[texts, 16]: the least hash of all its word pairs by each of 16 hash functions, case and punctuation aside."""
     words = [_WORD.findall(text.casefold())[:MAX_WORDS] or [""] for text in texts]
     counts = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
     crc = zlib.crc32
@@ -33,26 +34,12 @@ def minima(texts: Sequence[str]) -> NDArray[np.uint16]:
     pairs ^= pairs >> np.uint32(15)
     pairs *= np.uint32(0x2C1B3C6D)
     pairs ^= pairs >> np.uint32(12)
-    owner = np.repeat(np.arange(len(texts)), counts)
     keep = np.ones(len(pairs), dtype=bool)
     keep[ends[counts > 1]] = False
-    owner, pairs = owner[keep], pairs[keep]
-    found = np.full((len(texts), MINIMA), 0xFFFF, dtype=np.uint16)
-    np.minimum.at(found, (owner, (pairs >> np.uint32(28)).astype(np.int64)), (pairs & np.uint32(0xFFFF)).astype(np.uint16))
-    return _filled(found)
-
-
-def _filled(found: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """A class without members takes the minimum of the next that has some, changed by how far it was taken."""
-    empty = found == 0xFFFF
-    left = empty.copy()
-    for step in range(1, MINIMA):
-        if not left.any():
-            break
-        fill = left & ~np.roll(empty, -step, axis=1)
-        found = np.where(fill, (np.roll(found, -step, axis=1) + np.uint16(step * 257)) & np.uint16(0xFFFE), found)
-        left &= ~fill
-    return found
+    sizes = np.maximum(counts - 1, 1)
+    starts = np.cumsum(sizes) - sizes
+    hashed = (pairs[keep][:, None] * _FACTORS) >> np.uint32(16)
+    return np.minimum.reduceat(hashed, starts, axis=0).astype(np.uint16) if len(texts) else np.zeros((0, MINIMA), dtype=np.uint16)
 
 
 def repeats(found: NDArray[np.uint16], skip: NDArray[np.bool_]) -> NDArray[np.int64]:
