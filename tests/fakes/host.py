@@ -217,6 +217,11 @@ class FakeHost:
                 yield AdapterReady(call.id, digest, error="adapter_unknown")
             yield Done(call.id, *nothing, "adapter_unknown")
             return
+        if ready is not None and ready.error is not None:
+            if isinstance(call, Prefetch):
+                yield AdapterReady(call.id, digest, error=ready.error)
+            yield Done(call.id, *nothing, ready.error)
+            return
         if digest and digest not in self.load.adapters:
             self.set_load(msgspec.structs.replace(self.load, adapters=(*self.load.adapters, digest)))
         match call:

@@ -88,13 +88,14 @@ class Client:
 
 
 @asynccontextmanager
-async def client(host=None, template=PLAIN, ready=True, tokenizer=TOKENIZER, telemetry=None, **settings):
+async def client(host=None, template=PLAIN, ready=True, tokenizer=TOKENIZER, telemetry=None, fingerprint="", **settings):
     """A running replica and its client. `settings` are InferenceSettings' fields."""
     host = host or FakeHost()
     verifier = CallerVerifier({"gateway": KEY.public_key()}, AUDIENCE)
     settings.setdefault("canary_seconds", 3_600.0)
+    known = {"verifier": verifier, "vocabulary": (tokenizer, template), "fingerprint": fingerprint, "telemetry": telemetry}
     async with (
-        inference(InferenceSettings(**settings), host, verifier=verifier, vocabulary=(tokenizer, template), telemetry=telemetry) as address,
+        inference(InferenceSettings(**settings), host, **known) as address,
         open_channel(address) as channel,
     ):
         found = Client(engine_pb2_grpc.EngineServiceStub(channel), health_pb2_grpc.HealthStub(channel), channel, address)
