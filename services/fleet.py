@@ -17,25 +17,29 @@ from pathlib import Path
 
 import uvloop
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from services.chassis import settings as environment
 from services.chassis.identity import CallerVerifier
 from services.chassis.server import Listener
 from services.chassis.telemetry import Telemetry, TelemetrySettings, configure_logs
+from services.finetune import server as tuning
+from services.finetune.settings import FineTuneSettings
 from services.gateway.keys import PEPPER_BYTES
 from services.gateway.server import gateway as serve_gateway
 from services.gateway.server import signing_key as load_key
 from services.gateway.settings import GatewaySettings
 from services.gateway.sql_ledger import LedgerSettings
 from services.gateway.store import StoreSettings, bootstrap
-from services.inference.server import AUDIENCE, replica
+from services.inference.server import AUDIENCE, DEFAULT_MODEL, replica
+from services.inference.servicers.engine import model_name
 from services.inference.settings import InferenceSettings
 from services.postgres import PostgresFailed, embedded_postgres
 from services.pretrained import weights
 
 Progress = Callable[[int, int, str], None]
 ADDRESS = "127.0.0.1:8443"
+KEYS = ("signing-key.pem", "manifest-key.pem")
 
 
 def _home() -> Path:
@@ -46,7 +50,7 @@ def _home() -> Path:
 class FleetSettings:
     """Where a fleet in one process keeps its state, and how many replicas it runs (`ARGOSY_…`); the services read their own beside it."""
 
-    home: Path = field(default_factory=_home)  # database, journal and secrets
+    home: Path = field(default_factory=_home)  # database, journal, datasets, models and secrets
     replicas: int = field(default=1, metadata={"minimum": 1, "maximum": 8})  # of the one model; each is an engine process
 
 
@@ -71,6 +75,7 @@ async def fleet(
     store: StoreSettings,
     books: LedgerSettings,
     engine: InferenceSettings,
+    training: FineTuneSettings,
     progress: Progress | None = None,
     telemetry: Telemetry | None = None,
 ) -> AsyncIterator[Running]:
@@ -80,7 +85,7 @@ async def fleet(
         FleetFailed: weights, database or engine are not to be had.
     """
     telemetry = telemetry or Telemetry.off()
-    signing_key, pepper, page_token_key = _secrets(settings.home / "secrets")
+    secrets = _secrets(settings.home / "secrets")
     try:
         # First and alone: it says what it does, and what it makes every replica reads.
         await asyncio.to_thread(weights.prepare, engine.model, weights.cache_directory(engine.cache_dir), progress)
@@ -93,9 +98,32 @@ async def fleet(
             except PostgresFailed as error:
                 raise FleetFailed(str(error)) from error
             store = replace(store, database_url=url)
-        verifier = CallerVerifier({gateway.caller_signing_kid: load_key(signing_key).public_key()}, AUDIENCE)
+        public = {gateway.caller_signing_kid: load_key(secrets.signing_key).public_key()}
+        objects = training.store_url or (settings.home / "objects").as_uri()
+        engine = replace(
+            engine,
+            listener=Listener(),
+            store_url=objects,
+            manifest_public_keys=(*engine.manifest_public_keys, f"{training.manifest_kid}={secrets.manifest_public_key}"),
+        )
+        tuner = await stack.enter_async_context(
+            tuning.finetune(
+                replace(
+                    training,
+                    listener=Listener(),
+                    database_url=training.database_url or store.database_url,
+                    store_url=objects,
+                    bases=(_base(engine),) if training.bases == FineTuneSettings.bases else training.bases,
+                    cache_dir=engine.cache_dir,
+                    manifest_key=training.manifest_key or secrets.manifest_key,
+                    page_token_key=gateway.page_token_key or secrets.page_token_key,
+                ),
+                verifier=CallerVerifier(public, tuning.AUDIENCE),
+                telemetry=telemetry,
+            )
+        )
         replicas = [
-            await stack.enter_async_context(replica(replace(engine, listener=Listener()), verifier=verifier, telemetry=telemetry))
+            await stack.enter_async_context(replica(engine, verifier=CallerVerifier(public, AUDIENCE), telemetry=telemetry))
             for _ in range(settings.replicas)
         ]
         gate = await stack.enter_async_context(
@@ -103,9 +131,10 @@ async def fleet(
                 replace(
                     gateway,
                     inference_addresses=tuple(each.serving.address for each in replicas),
-                    caller_signing_key=signing_key,
-                    key_pepper=gateway.key_pepper or pepper,
-                    page_token_key=gateway.page_token_key or page_token_key,
+                    finetune_address=tuner.address,
+                    caller_signing_key=secrets.signing_key,
+                    key_pepper=gateway.key_pepper or secrets.pepper,
+                    page_token_key=gateway.page_token_key or secrets.page_token_key,
                 ),
                 store=store,
                 books=books,
@@ -123,15 +152,32 @@ async def fleet(
         await gate.serving.drain(announce_s=0)  # in order, not after an error: streams may finish within the gateway's grace
 
 
-def _secrets(folder: Path) -> tuple[Path, str, str]:
-    """The key that signs callers, as a file, the pepper of API keys and the key of page tokens; made once, for their owner's eyes only."""
+def _base(engine: InferenceSettings) -> str:
+    """What jobs may start from, where nothing else is said: the model that is served, under the name it is served by."""
+    served = engine.model_name or (DEFAULT_MODEL if engine.model == "default" else engine.model)
+    return f"{model_name(served).removeprefix('models/')}={engine.model}"
+
+
+@dataclass(frozen=True)
+class _Secrets:
+    signing_key: Path  # PEM: signs callers
+    manifest_key: Path  # PEM: signs what fine-tuning publishes
+    manifest_public_key: Path
+    pepper: str  # of API keys, hex
+    page_token_key: str  # hex
+
+
+def _secrets(folder: Path) -> _Secrets:
+    """What a fleet keeps to itself; made once, for its owner's eyes only."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    pem = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    made = {"signing-key.pem": pem} | {name: os.urandom(PEPPER_BYTES).hex().encode() for name in ("pepper", "page-token-key")}
-    for name, content in made.items():
+    pem = {name: Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) for name in KEYS}
+    for name, content in (pem | {name: os.urandom(PEPPER_BYTES).hex().encode() for name in ("pepper", "page-token-key")}).items():
         with suppress(FileExistsError), os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content)
-    return folder / "signing-key.pem", (folder / "pepper").read_text(), (folder / "page-token-key").read_text()
+    signing_key, manifest_key = (folder / name for name in KEYS)
+    public = folder / "manifest-key.pub.pem"
+    public.write_bytes(load_key(manifest_key).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return _Secrets(signing_key, manifest_key, public, (folder / "pepper").read_text(), (folder / "page-token-key").read_text())
 
 
 def _say(line: str) -> None:
@@ -178,6 +224,7 @@ class Environment:
     store: StoreSettings = field(default_factory=StoreSettings)
     books: LedgerSettings = field(default_factory=LedgerSettings)
     engine: InferenceSettings = field(default_factory=InferenceSettings)
+    training: FineTuneSettings = field(default_factory=FineTuneSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
 
@@ -212,6 +259,7 @@ async def _run(environ: dict[str, str], as_json: bool) -> None:
                     store=read.store,
                     books=books,
                     engine=read.engine,
+                    training=read.training,
                     progress=_Bar(as_json),
                     telemetry=telemetry,
                 )
