@@ -17,6 +17,7 @@ from benchmarks.record import header, table
 from services.finetune.rows import Layout, Row, read_rows
 from services.finetune.splits import split
 from services.finetune.trainer import measures
+from services.finetune.trainer.__main__ import keep_memory
 from services.finetune.trainer.batches import Example
 from services.finetune.trainer.model import load
 from services.finetune.trainer.rendering import Renderer
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(options.threads)
     header()
     directory = weights.prepare("default", weights.cache_directory(None))

@@ -239,6 +239,7 @@ class Attempt:
             metrics=metrics,
             seconds=0.0,
             step=trainer.done,
+            precision=trainer.precision,
         )
 
     @staticmethod

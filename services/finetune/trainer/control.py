@@ -128,6 +128,7 @@ class Outcome:
     metrics: Mapping[str, float]
     seconds: float  # over all attempts
     step: int
+    precision: str = "float32"  # of products with frozen weights
     epsilon: float | None = None
     accountant: str = ""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from services.finetune.trainer.products import linear
 from services.finetune.trainer.spec import Lora
 
 __all__ = ["PREFIX", "LoraLinear", "adapter", "attach", "restore"]
@@ -23,7 +24,7 @@ class _Product(torch.autograd.Function):
     def forward(
         context: Any, x: torch.Tensor, d: torch.Tensor | None, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        out = torch.nn.functional.linear(x.to(weight.dtype), weight).to(x.dtype)
+        out = linear(x.to(weight.dtype), weight).to(x.dtype)
         context.scaling, context.same = scaling, d is None
         d = x if d is None else d
         low = d @ a.T
@@ -40,7 +41,7 @@ class _Product(torch.autograd.Function):
         grad_a, grad_b = back.T @ d, (grad.T @ low).mul_(context.scaling)
         grad_x = grad_d = None
         if context.needs_input_grad[0]:
-            grad_x = (grad.to(weight.dtype) @ weight).to(grad.dtype)
+            grad_x = linear(grad.to(weight.dtype), weight.T).to(grad.dtype)
             if context.same:
                 grad_x.addmm_(back, a)
         if context.needs_input_grad[1] and not context.same:

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from services.finetune.trainer.products import linear
+
 __all__ = ["supervised_loss"]
 
 _ROWS = 128  # logits held at once: 128 rows of 262,144 in float32 are 134 MB
@@ -19,7 +21,7 @@ class _Loss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for at in range(0, hidden.shape[0], _ROWS):
             rows, wanted = hidden[at : at + _ROWS], targets[at : at + _ROWS, None]
-            logits = torch.nn.functional.linear(rows.to(weight.dtype), weight).float()
+            logits = linear(rows.to(weight.dtype), weight).float()
             if softcap is not None:
                 logits = torch.tanh(logits.div_(softcap)).mul_(softcap)
             capped = logits.div(softcap).square_() if softcap is not None else None
@@ -36,7 +38,7 @@ class _Loss(torch.autograd.Function):
                 logits.mul_(1.0 - capped)
             narrow = logits.to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[at : at + _ROWS] = narrow @ weight
+                grad_hidden[at : at + _ROWS] = linear(narrow, weight.T)
             if grad_weight is not None:
                 grad_weight += (narrow.T @ rows.to(weight.dtype)).float()
         context.grads = grad_hidden, grad_weight
@@ -51,6 +53,9 @@ class _Loss(torch.autograd.Function):
 
 
 def supervised_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
-    """Sum over rows of the negative log-likelihood, in nats: hidden [n, width], output matrix [vocabulary, width], targets [n]."""
+    """Sum over rows of the negative log-likelihood, in nats: hidden [n, width], output matrix [vocabulary, width], targets [n].
+
+    A bfloat16 matrix rounds the logits, too, which training averages out; what is reported as quality is measured in float32.
+    """
     loss: torch.Tensor = _Loss.apply(hidden, weight, targets, softcap)  # type: ignore[no-untyped-call]
     return loss

@@ -97,7 +97,7 @@ class Spec:
     validation_fraction: float = 0.1  # of the train rows, where there is no validation version
     privacy: Privacy | None = None
     labels: tuple[str, ...] = ()
-    precision: str = "float32"  # of the frozen layers' products: float32 or bfloat16
+    precision: str = "float32"  # of products with frozen weights: float32, bfloat16, or auto: bfloat16 where the device computes in it
     step_tokens: int = 2048  # tokens computed at once; bounds memory, changes no loss
     gradient_checkpointing: bool = False
 

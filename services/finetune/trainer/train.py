@@ -15,6 +15,7 @@ from services.finetune.trainer.batches import Batch, Example, layout, taken
 from services.finetune.trainer.heads import Head
 from services.finetune.trainer.loss import supervised_loss
 from services.finetune.trainer.model import Base
+from services.finetune.trainer.products import narrow_is_fast
 from services.finetune.trainer.spec import Method, Spec, learning_rate, steps
 
 __all__ = ["Evaluation", "Step", "Trainer"]
@@ -60,12 +61,16 @@ class Trainer:
         self.examples, self.validation = examples, validation
         own = spec.hyperparameters
         torch.manual_seed(spec.seed)
-        precision = torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
+        narrow = spec.precision == "bfloat16" or (spec.precision == "auto" and narrow_is_fast(base.device))
+        precision = torch.bfloat16 if narrow else torch.float32
+        self.precision = "bfloat16" if narrow else "float32"
         if spec.lora is not None:
             self.targets = adapters.attach(base.model, spec.lora, spec.seed, precision)
         else:
             base.model.requires_grad_(True)
             self.targets = ()
+        # Where the output matrix is learnt, too, its gradient is float32's.
+        self.output = base.output.detach().to(precision) if spec.lora is not None and spec.method is Method.CHAT else base.output
         self.head = Head(len(spec.labels), base.width, base.device) if spec.method is Method.CLASSIFY else None
         trained = self.parameters()
         head = {} if self.head is None else {f"head.{name}": tensor for name, tensor in self.head.tensors().items()}
@@ -201,7 +206,7 @@ class Trainer:
         states = self.base.states(batch)
         if self.head is not None:
             return torch.nn.functional.cross_entropy(self.head(states), batch.targets, reduction="sum")
-        return supervised_loss(states, self.base.output, batch.targets, self.base.softcap)
+        return supervised_loss(states, self.output, batch.targets, self.base.softcap)
 
 
 def _windows(ranked: Sequence[int], lengths: Sequence[int], room: int) -> list[list[int]]:

@@ -153,7 +153,7 @@ class WireControl:
                 for use, grant in grants
             ],
             seed=spec.seed,
-            hyperparameters=_hyperparameters(spec),
+            hyperparameters=_hyperparameters(spec) | {"precision": outcome.precision},
             metrics={name: _bounded(value) for name, value in outcome.metrics.items()},
             job=self._job,
             attempt=self._attempt,
@@ -254,6 +254,7 @@ def spec_from_proto(spec: finetune_pb2.FineTuneSpec) -> Spec:
         checkpoint_interval_steps=spec.checkpoint_interval_steps or CHECKPOINT_INTERVAL_STEPS,
         validation_fraction=0.0 if spec.validation_version else fraction,
         privacy=private,
+        precision="auto",
     )
 
 
@@ -292,7 +293,6 @@ def _hyperparameters(spec: Spec) -> dict[str, str]:
         "max_grad_norm": f"{own.clip_norm:.9g}",
         "seq_len": str(spec.seq_len),
         "packing": str(spec.packing).lower(),
-        "precision": spec.precision,
     }
 
 
