@@ -193,7 +193,7 @@ def _check_header(data: bytes) -> None:
         raise _refused("header")
     try:
         entries: Any = msgspec.json.decode(data[8 : 8 + length])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         raise _refused("header") from None
     named: Iterable[Any] = [value for key, value in entries.items() if key != "__metadata__"] if isinstance(entries, dict) else [None]
     if not all(isinstance(entry, dict) and entry.get("dtype") in TYPES for entry in named):

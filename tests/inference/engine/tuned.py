@@ -65,12 +65,12 @@ KEYS = {"signer": KEY.public_key()}
 OWNER = "11111111-1111-4111-8111-111111111111"
 
 
-def manifest(files: Mapping[str, bytes], base_digest: str, **changes: Any) -> dict[str, Any]:
+def manifest(files: Mapping[str, bytes], base: str, **changes: Any) -> dict[str, Any]:
     """The predicate about `files`, as proto-JSON; `changes` are its fields."""
     said: dict[str, Any] = {
         "project_uid": OWNER,
         "model": "projects/acme/models/tuned",
-        "base_digest": base_digest,
+        "base_digest": base,
         "method": "TUNE_METHOD_CHAT",
         "rank": 4,
         "alpha": 8.0,
