@@ -11,7 +11,8 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from argosy.v1 import dataset_pb2_grpc
+from argosy.v1 import dataset_pb2_grpc, model_pb2_grpc
+from argosy_internal.registry.v1 import registry_pb2_grpc
 from services.chassis import signing
 from services.chassis.errors import ScopeMissing
 from services.chassis.identity import Caller, CallerVerifier
@@ -21,8 +22,12 @@ from services.chassis.objects import Objects, open_objects
 from services.chassis.server import Serving, serve
 from services.chassis.telemetry import Telemetry
 from services.finetune.erasing import Eraser
-from services.finetune.servicers import dataset
+from services.finetune.feed import following
+from services.finetune.model_erasure import ModelDependants
+from services.finetune.servicers import dataset, model, registry
 from services.finetune.servicers.dataset import DatasetServicer
+from services.finetune.servicers.model import ModelServicer
+from services.finetune.servicers.registry import RegistryServicer
 from services.finetune.servicers.resources import Desk
 from services.finetune.settings import FineTuneSettings
 from services.finetune.store import FineTuneStore, open_store
@@ -110,9 +115,15 @@ async def finetune(
         desk = Desk(store, PageTokens(_secret(settings.page_token_key)))
         validators = Validators(store, objects, settings.datasets)
         eraser = Eraser(store, objects, settings.datasets, key, settings.manifest_kid)
-        datasets = DatasetServicer(desk, objects, settings.datasets, changed=(validators.wake, eraser.wake))
+        datasets = DatasetServicer(
+            desk, objects, settings.datasets, dependants=(ModelDependants(),), changed=(validators.wake, eraser.wake)
+        )
+        models = ModelServicer(desk, [f"models/{entry.partition('=')[0]}" for entry in settings.bases], erase=eraser.wake)
+        feed = await stack.enter_async_context(following(store))
         services: list[tuple[str, Callable[[Any], object]]] = [  # full name, and how it is added to the server
             (dataset.SERVICE, _adding(dataset_pb2_grpc.add_DatasetServiceServicer_to_server, datasets)),
+            (model.SERVICE, _adding(model_pb2_grpc.add_ModelServiceServicer_to_server, models)),
+            (registry.SERVICE, _adding(registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(store, feed))),
         ]
         for work in (validators.run, eraser.run):
             await stack.enter_async_context(_working(work))

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from argosy.v1 import deletion_pb2
+from argosy.v1 import deletion_pb2, model_pb2_grpc
 from argosy.v1 import model_pb2 as pb
 from services.chassis import bounds, lists
 from services.chassis.errors import HasDependants, ResourceExists, ResourceNotFound
@@ -27,7 +27,7 @@ VERSION_ORDERS = frozenset({"create_time", "update_time"})
 VERSION_STATES = frozenset({"CHECKING", "READY", "REJECTED"})
 
 
-class ModelServicer(AliasMethods):
+class ModelServicer(AliasMethods, model_pb2_grpc.ModelServiceServicer):
     """argosy.v1.ModelService, less the shared bases, which the gateway lists."""
 
     def __init__(self, desk: Desk, bases: Collection[str], jobs: ModelJobs | None = None, erase: Callable[[], None] = lambda: None) -> None:
