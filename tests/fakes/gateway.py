@@ -22,6 +22,7 @@ from argosy.v1 import (
 )
 from services.chassis.errors import ServiceError
 from services.chassis.status import rich
+from tests.fakes.tuning import SERVICES, FakeTuning
 
 KEY = "argosy_test_key"
 
@@ -39,10 +40,10 @@ def events(pieces: Sequence[str]) -> list[stream_pb2.GenerationEvent]:
 
 @dataclass
 class FakeGateway(
+    FakeTuning,
     generation_pb2_grpc.GenerationServiceServicer,
     language_pb2_grpc.LanguageServiceServicer,
     embedding_pb2_grpc.EmbeddingServiceServicer,
-    model_pb2_grpc.ModelServiceServicer,
     api_key_pb2_grpc.ApiKeyServiceServicer,
     usage_pb2_grpc.UsageServiceServicer,
 ):
@@ -169,6 +170,7 @@ def fake_gateway(**script: Any) -> Iterator[FakeGateway]:
         model_pb2_grpc.add_ModelServiceServicer_to_server,
         api_key_pb2_grpc.add_ApiKeyServiceServicer_to_server,
         usage_pb2_grpc.add_UsageServiceServicer_to_server,
+        *SERVICES,
     ):
         add(fake, server)
     fake.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
