@@ -23,6 +23,7 @@ from services.inference.engine.fetching import Fetcher
 from services.inference.engine.frames import FrameError, encode, to_engine
 from services.inference.engine.inbox import Inbox
 from services.inference.engine.settings import EngineSettings
+from services.inference.engine.weighing import Weigher
 
 PR_SET_PDEATHSIG = 1
 READ_BYTES = 2**18
@@ -104,7 +105,7 @@ def main(settings_json: str, fd: str, parent: str, build: str) -> int:
     # What is loaded stays: the collector need not walk it again and again between steps.
     gc.collect()
     gc.freeze()
-    engine = Engine(runner, hello, settings, fetch=Fetcher(runner.fetch, inbox).ask)
+    engine = Engine(runner, hello, settings, fetch=Fetcher(runner.fetch, inbox).ask, weighing=Weigher(runner.weigh, inbox))
     try:
         connection.sendall(encode([offered(hello, runner)]))
         run(engine, inbox, lambda events: connection.sendall(encode(events)))

@@ -41,6 +41,7 @@ class Blocks:
         self._references = [0] * count
         self._keys: list[bytes | None] = [None] * count
         self._tenants = [""] * count
+        self._adapters = [""] * count  # which computed it; empty: the base alone
         self._by_key: dict[bytes, int] = {}
         self._free = list(range(count - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -92,11 +93,11 @@ class Blocks:
             found.append(block)
         return found
 
-    def publish(self, block: int, key: bytes, tenant: str) -> None:
+    def publish(self, block: int, key: bytes, tenant: str, adapter: str = "") -> None:
         """Let a held, full block be found by `key`. When two computed the same, the first stays known."""
         if self._keys[block] is None and key not in self._by_key:
             self._keys[block] = key
-            self._tenants[block] = tenant
+            self._tenants[block], self._adapters[block] = tenant, adapter
             self._by_key[key] = block
 
     def release(self, blocks: Sequence[int], suspect: bool = False) -> None:
@@ -120,6 +121,15 @@ class Blocks:
                 self._wake(oldest)
                 self._forget(oldest)
                 self._free.append(oldest)
+
+    def erase(self, adapter: str) -> None:
+        """Never find again what this adapter computed; idle blocks of it are free."""
+        for block, key in enumerate(self._keys):
+            if key is not None and self._adapters[block] == adapter:
+                if not self._references[block]:
+                    self._wake(block)
+                    self._free.append(block)
+                self._forget(block)
 
     def _wake(self, block: int) -> None:
         del self._idle[block]

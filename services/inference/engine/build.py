@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from services.inference.engine.attribution import gradients_of
 from services.inference.engine.backend import Backend
 from services.inference.engine.calls import Hello, Sampling
 from services.inference.engine.eager import EagerBackend
@@ -34,7 +35,8 @@ def build(settings: EngineSettings, progress: weights.Progress | None = None) ->
     device = _device(settings)
     backend = _backend(directory, settings, device, _dtype(settings, device))
     loaded = time.monotonic()
-    runner = TorchRunner(backend, _source(settings, digest))
+    source = _source(settings, digest)
+    runner = TorchRunner(backend, source, gradients_of(backend, directory, source).weigh)
     runner.warm_up(settings.step_tokens(device.type))
     if isinstance(backend, EagerBackend) and device.type == "cuda" and backend.dtype != torch.float32:
         settle_attention(backend)

@@ -1,8 +1,9 @@
 """All that crosses the border between the process on the wire and the engine's process.
 
-Values only: frozen, msgspec-encoded, no protobuf, no tensor. Parent to child: `Generate`, `Score`, `Embed`, `Label`, `Prefetch`, `Evict`,
-`Stop`, `Abort`, `Drain`. Child to parent: `Hello` once, then `Token`, `PromptScored`, `Ended`, `Done`, `Scored`, `Embedded`, `Labelled`,
-`AdapterReady`, `Load`. Both directions travel as a `Frame`: a tuple of messages a step, so that a batch of 32 tokens costs one write.
+Values only: frozen, msgspec-encoded, no protobuf, no tensor. Parent to child: `Generate`, `Score`, `Embed`, `Label`, `Weigh`, `Prefetch`,
+`Evict`, `Stop`, `Abort`, `Drain`. Child to parent: `Hello` once, then `Token`, `PromptScored`, `Ended`, `Done`, `Scored`, `Embedded`,
+`Labelled`, `Weighed`, `AdapterReady`, `Load`. Both directions travel as a `Frame`: a tuple of messages a step, so that a batch of 32 tokens
+costs one write.
 
 A call may name an adapter by its digest; `owner` is then the project that it must belong to. An adapter that is not here is fetched while
 the call waits beside the batch; one that is unknown, or another project's, ends the call with the same `adapter_unknown`.
@@ -121,6 +122,24 @@ class Label(msgspec.Struct, frozen=True, tag=True):
     work_class: WorkClass = WorkClass.INTERACTIVE
 
 
+class Weigh(msgspec.Struct, frozen=True, tag=True):
+    """What each token of a prompt is worth to one of several candidates: gradient × input, a forward and a backward pass beside the batch.
+
+    A candidate's score is the log-probability of its continuation. With `contrast` it is the mean over its tokens, less the candidate's
+    own contrast, and then a log-softmax over all. Without continuations the candidates are the labels of the adapter's head.
+    """
+
+    id: str
+    prefix: tuple[int, ...]  # at least one token
+    continuations: tuple[tuple[int, ...], ...]
+    deadline_s: float  # to begin: a pass that runs is not cut
+    tenant: str
+    contrast: tuple[float, ...] = ()  # one a continuation, or none
+    target: int | None = None  # which candidate; None: the likeliest
+    adapter: str = ""
+    owner: str = ""
+
+
 class Prefetch(msgspec.Struct, frozen=True, tag=True):
     """Have an adapter here: answered by `AdapterReady` when it is loaded, or with why it cannot be; then `Done`."""
 
@@ -131,7 +150,7 @@ class Prefetch(msgspec.Struct, frozen=True, tag=True):
 
 
 class Evict(msgspec.Struct, frozen=True, tag=True):
-    """Let go of an adapter: calls with it end as `adapter_unknown`, later ones must fetch it anew. Answered by `Done`."""
+    """Let go of an adapter and of what it cached: calls with it end as `adapter_unknown`, later ones fetch it anew. Answered by `Done`."""
 
     id: str
     digest: str
@@ -156,8 +175,8 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
 
 
 Call = Generate | Score | Embed | Label  # what sequences are made of
-Asked = Call | Prefetch | Evict  # what is answered up to a `Done`
-ToEngine = Generate | Score | Embed | Label | Prefetch | Evict | Stop | Abort | Drain
+Asked = Call | Weigh | Prefetch | Evict  # what is answered up to a `Done`
+ToEngine = Generate | Score | Embed | Label | Weigh | Prefetch | Evict | Stop | Abort | Drain
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -240,6 +259,16 @@ class Labelled(msgspec.Struct, frozen=True, tag=True):
     logits: tuple[bytes, ...]
 
 
+class Weighed(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `Weigh`, in nats; followed by `Done`. With `error`, a word of `engine.ERRORS`, the rest says nothing."""
+
+    id: str
+    weights: tuple[float, ...] = ()  # one a token of the prefix
+    scores: tuple[float, ...] = ()  # one a candidate
+    target: int = 0  # which one the weights are for
+    error: str | None = None
+
+
 class AdapterReady(msgspec.Struct, frozen=True, tag=True):
     """Answer to `Prefetch`. With `error`, a word of `engine.ERRORS`, the rest says nothing."""
 
@@ -294,4 +323,4 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     adapter_slots: int = 0  # adapters that one step can mix; 0: none can be loaded
 
 
-FromEngine = Hello | Token | PromptScored | Ended | Done | Scored | Embedded | Labelled | AdapterReady | Load
+FromEngine = Hello | Token | PromptScored | Ended | Done | Scored | Embedded | Labelled | Weighed | AdapterReady | Load

@@ -436,7 +436,7 @@ def _context(config: Any) -> int:
 def _load(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """One model class, built from data: no code of the model's directory runs and no pickle is read."""
     settings = json.loads((directory / "config.json").read_text())
-    model_class = _causal_class(settings)
+    model_class = causal_class(settings)
     transformers = cast("Any", importlib.import_module("transformers"))
     transformers.AttentionInterface.register(ATTENTION, attend)
     transformers.utils.logging.disable_progress_bar()
@@ -461,7 +461,7 @@ def _load(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
     return model.eval().to(device)
 
 
-def _causal_class(settings: dict[str, Any]) -> Any:
+def causal_class(settings: dict[str, Any]) -> Any:
     """The class named by the model type in transformers' own causal mapping, imported alone."""
     names = cast("Any", importlib.import_module("transformers.models.auto.modeling_auto")).MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     kind = settings.get("model_type")

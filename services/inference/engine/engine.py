@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from itertools import count
+from typing import Protocol
 
 import msgspec
 
@@ -43,6 +44,8 @@ from services.inference.engine.calls import (
     Timings,
     Token,
     Usage,
+    Weigh,
+    Weighed,
 )
 from services.inference.engine.inbox import Inbox, Message
 from services.inference.engine.live import MOST_OUTPUTS, Live, refusal
@@ -53,6 +56,7 @@ from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import BLOCK_SIZE, DeviceLost, Row, RowResult, Runner
 
 ERRORS = {
+    "no_gradients": "refused: this engine cannot weigh tokens",
     "no_adapters": "refused: this engine cannot load any",
     "adapter_unknown": "no adapter of this digest belongs to this owner",
     "adapter_refused": "the adapter's files failed a check",
@@ -75,16 +79,30 @@ ERRORS = {
     "gap": "pooling missed earlier tokens of an input",
 }
 LOAD_EVERY_S = 0.1
+MOST_WEIGHING = 32  # calls beside the batch, one at a time
 PATIENCE_S = 5.0  # between signs of life while calls wait for what only others can bring
 GROW_AFTER_STEPS = 64  # without running out of memory, before a shrunk budget doubles
 
 log = logging.getLogger(__name__)
 
 
+class Weighing(Protocol):
+    """Computes `Weigh` calls elsewhere, and tells the inbox."""
+
+    def ask(self, call: Weigh) -> None:
+        """Answered by one `Weighed`."""
+        ...
+
+    def forget(self, id: str) -> None:
+        """Nobody waits for it any more."""
+        ...
+
+
 class Engine:
     """Calls in, events out, one step at a time; used by one thread.
 
-    `clock` counts seconds. `fetch` is asked for adapters that are not here, by key, and answers with `Fetched`.
+    `clock` counts seconds. `fetch` is asked for adapters that are not here, by key, and answers with `Fetched`; `weighing` is given what
+    is computed beside the batch.
     """
 
     def __init__(
@@ -94,6 +112,7 @@ class Engine:
         settings: EngineSettings,
         clock: Callable[[], float] = time.monotonic,
         fetch: Callable[[str], None] | None = None,
+        weighing: Weighing | None = None,
     ) -> None:
         self.blocks = Blocks(runner.blocks, int(runner.blocks * settings.prefix_quota))
         self.draining = False
@@ -107,6 +126,8 @@ class Engine:
         self._adapters = Adapters(fetch or (lambda key: None), clock)
         self._expecting: dict[str, dict[int, Live]] = {}  # calls whose adapter is being fetched, by its key
         self._prefetches: dict[str, tuple[Prefetch, Entry, float]] = {}  # by id, and until when
+        self._weighing = weighing
+        self._weighed: dict[str, Weigh] = {}  # asked for, by id
         self._clock = clock
         self._lives: dict[str, Live] = {}
         self._numbers = count()
@@ -126,7 +147,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing to compute, to wait for or to say."""
-        return not self._lives and not self._prefetches and not self._events
+        return not self._lives and not self._prefetches and not self._weighed and not self._events
 
     @property
     def wait_s(self) -> float | None:
@@ -145,12 +166,17 @@ class Engine:
         match message:
             case Generate() | Score() | Embed() | Label():
                 self._begin(message)
+            case Weigh():
+                self._weigh(message)
+            case Weighed():
+                self._answer_weighed(message)
             case Prefetch():
                 self._prefetch(message)
             case Evict():
                 for key in self._adapters.keys(message.digest, message.owner):
                     self._lose(key, FinishReason.CANCELLED, "adapter_unknown")
                     self._adapters.drop(key)
+                    self.blocks.erase(key)
                 self._say_done(message.id)
             case Fetched():
                 self._arrived(message)
@@ -165,6 +191,9 @@ class Engine:
                         self._finish(live, FinishReason.CANCELLED)
                     elif id in self._prefetches:
                         self._answer_prefetch(id, "cancelled")
+                    elif id in self._weighed and self._weighing is not None:
+                        self._weighing.forget(id)
+                        self._answer_weighed(Weighed(id, error="cancelled"))
             case Drain():
                 self.draining = True
 
@@ -337,6 +366,29 @@ class Engine:
     def _say_done(self, id: str, error: str | None = None) -> None:
         """About a call that cost nothing."""
         self._events.append(Done(id, Usage(0, 0, 0), Timings(0.0, 0.0, 0.0), error))
+
+    # What is weighed beside the batch.
+
+    def _weigh(self, call: Weigh) -> None:
+        word = "no_gradients" if self._weighing is None else "draining" if self.draining else None
+        word = word or ("queue_full" if len(self._weighed) >= MOST_WEIGHING else None)
+        word = word or refusal(call, self._runner.vocabulary, self._context, self.blocks.count)
+        if word is not None or self._weighing is None:
+            self._say_done(call.id, word)
+            return
+        self._weighed[call.id] = call
+        self._weighing.ask(call)
+
+    def _answer_weighed(self, answer: Weighed) -> None:
+        call = self._weighed.pop(answer.id, None)
+        if call is None:  # it was cancelled
+            return
+        if answer.error is not None:
+            self._say_done(answer.id, answer.error)
+            return
+        self._events.append(answer)
+        read = len(call.prefix) * max(1, len(call.continuations)) + sum(map(len, call.continuations))
+        self._events.append(Done(answer.id, Usage(read, 0, 0), Timings(0.0, 0.0, 0.0)))
 
     # Adapters.
 

@@ -25,6 +25,7 @@ from services.inference.engine.inbox import Inbox
 from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import Runner
 from services.inference.engine.streams import EngineLost, EngineNotReady, SlowReader, Streaming
+from services.inference.engine.weighing import Weigher
 
 __all__ = ["EngineLost", "EngineNotReady", "Host", "InlineHost", "ProcessHost", "Restarts", "SlowReader"]
 
@@ -359,7 +360,8 @@ class InlineHost(Streaming):
 
         try:
             runner, hello = (self._build or _named(BUILD))(self._settings)
-            engine = Engine(runner, hello, self._settings, fetch=Fetcher(runner.fetch, self._inbox).ask)
+            fetcher, weigher = Fetcher(runner.fetch, self._inbox), Weigher(runner.weigh, self._inbox)
+            engine = Engine(runner, hello, self._settings, fetch=fetcher.ask, weighing=weigher)
             send([offered(hello, runner)])
             run(engine, self._inbox, send)
         except Exception:

@@ -4,9 +4,9 @@ import threading
 from collections.abc import Iterable
 
 from services.inference.engine.adapters import Fetched
-from services.inference.engine.calls import ToEngine
+from services.inference.engine.calls import ToEngine, Weighed
 
-Message = ToEngine | Fetched
+Message = ToEngine | Fetched | Weighed
 
 
 class Inbox:

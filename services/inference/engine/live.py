@@ -184,7 +184,7 @@ class Live:
         return Timings(started - self.arrived, prompted - started, now - prompted)
 
 
-def refusal(call: Call, vocabulary: int, context: int, blocks: int) -> str | None:
+def refusal(call: Call | Weigh, vocabulary: int, context: int, blocks: int) -> str | None:
     """Why this call cannot be run, as a word of `engine.ERRORS`; None when it can. The door has checked most of it with a better answer."""
     match call:
         case Generate(prompt=prompt, limits=limits):
@@ -202,6 +202,14 @@ def refusal(call: Call, vocabulary: int, context: int, blocks: int) -> str | Non
             inputs = list(call.inputs)
             longest = max(map(len, inputs), default=0)
             ids = ()
+        case Weigh(prefix=prefix, continuations=continuations):
+            inputs = [prefix, *continuations]
+            longest = len(prefix) + max(map(len, continuations), default=0)
+            ids = ()
+            # Which labels a head has is known where it is computed.
+            named = not continuations or 0 <= (call.target or 0) < len(continuations)
+            if len(call.contrast) not in (0, len(continuations)) or not named:
+                return "out_of_bounds"
     if not all(inputs):
         return "empty_input"
     if any(min(tokens) < 0 or max(tokens) >= vocabulary for tokens in (*inputs, ids) if tokens):

@@ -1,6 +1,6 @@
 """One step as tensors: rows in, choices out (tensors). Implements `step.Runner` over any `backend.Backend`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from services.inference.engine.backend import Backend, Batch, Head, Weights
-from services.inference.engine.calls import Sampling
+from services.inference.engine.calls import Sampling, Weigh, Weighed
 from services.inference.engine.encoder import Pools
 from services.inference.engine.sampler import choose, choose_among, largest, needs
 from services.inference.engine.step import BLOCK_SIZE, Adapter, AdapterProblem, Draw, Probe, Row, RowResult
@@ -37,8 +37,9 @@ class Loaded:
 class TorchRunner:
     """Packs rows without padding, asks logits only for the rows that need them, and keeps one bad row from the others."""
 
-    def __init__(self, backend: Backend, source: Source | None = None) -> None:
+    def __init__(self, backend: Backend, source: Source | None = None, weigher: Callable[[Weigh], Weighed] | None = None) -> None:
         self.backend = backend
+        self.weigher = weigher
         self.source = source
         self.slots = backend.slots if source is not None else 0
         self.heads: dict[int, Head] = {}  # by slot
@@ -75,6 +76,10 @@ class TorchRunner:
             raise AdapterProblem("no_adapters", "there is no store")
         adapter, weights = self.source.read(owner, digest, self.backend)
         return replace(adapter, weights=Loaded(self.backend.prepare(weights), weights.head))
+
+    def weigh(self, call: Weigh) -> Weighed:
+        """See `step.Runner`."""
+        return Weighed(call.id, error="no_gradients") if self.weigher is None else self.weigher(call)
 
     def install(self, slot: int, adapter: Adapter | None) -> None:
         """See `step.Runner`."""

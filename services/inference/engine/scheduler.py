@@ -187,7 +187,7 @@ class Scheduler:
         full = sequence.computed // BLOCK_SIZE
         keys = sequence.chain(full)
         for i in range(sequence.published, len(keys)):
-            self.blocks.publish(sequence.blocks[i], keys[i], sequence.tenant)
+            self.blocks.publish(sequence.blocks[i], keys[i], sequence.tenant, sequence.adapter)
         sequence.published = full
 
 

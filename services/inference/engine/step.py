@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from services.inference.engine.calls import Sampling
+from services.inference.engine.calls import Sampling, Weigh, Weighed
 
 BLOCK_SIZE = 16  # tokens; the unit of the KV pool and of prefix sharing
 
@@ -112,6 +112,10 @@ class Runner(Protocol):
 
     def fetch(self, owner: str, digest: str) -> Adapter:
         """An adapter from the store, checked and made ready to install. Blocks; called off the loop's thread. Raises AdapterProblem."""
+        ...
+
+    def weigh(self, call: Weigh) -> Weighed:
+        """What tokens are worth, by a forward and a backward pass. Blocks; called off the loop's thread."""
         ...
 
     def install(self, slot: int, adapter: Adapter | None) -> None:
