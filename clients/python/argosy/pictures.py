@@ -1,4 +1,4 @@
-"""Curves as a PNG, with nothing but the standard library: a plot of a job is a few lines and a scale, which needs no drawing package."""
+"""Curves as a PNG or in braille, with nothing but the standard library: a few lines and a scale need no drawing package."""
 
 import struct
 import zlib
@@ -88,7 +88,7 @@ def _panel(canvas: _Canvas, top: int, title: str, points: Sequence[tuple[int, fl
         canvas.text(_LEFT - 10 - 4 * _SCALE * len(said), y - 5, said)
     for tick in range(5):
         x = _LEFT + round(wide * tick / 4)
-        said = f"{first + (last - first) * tick / 4:.0f}"
+        said = f"{first + (last - first) * tick / 4:.6g}"
         canvas.text(x - 2 * _SCALE * len(said), top + PANEL - _BOTTOM + 10, said)
 
     def place(step: int, value: float) -> tuple[int, int]:
@@ -100,3 +100,30 @@ def _panel(canvas: _Canvas, top: int, title: str, points: Sequence[tuple[int, fl
     if len(places) <= 40:  # few enough to be told apart
         for x, y in places:
             canvas.box(x - 2, y - 2, 6, 6, colour)
+
+
+_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a braille letter: two columns of four, from the top
+
+
+def braille(points: Sequence[tuple[int, float]], width: int = 72, height: int = 10) -> list[str]:
+    """A series of (step, value) as lines of text with a scale on the left, two by four dots a letter. Raises ValueError for none."""
+    if not points:
+        raise ValueError("there is nothing to plot yet")
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    low, high, first, last = min(values), max(values), min(steps), max(steps)
+    cells = [[0] * width for _ in range(height)]
+
+    def place(step: int, value: float) -> tuple[int, int]:
+        across = round((2 * width - 1) * (step - first) / ((last - first) or 1))
+        return across, round((4 * height - 1) * (high - value) / ((high - low) or 1.0))
+
+    places = [place(step, value) for step, value in points]
+    for (x, y), (to_x, to_y) in pairwise([places[0], *places]):
+        count = max(abs(to_x - x), abs(to_y - y), 1)
+        for at in range(count + 1):
+            across, down = round(x + (to_x - x) * at / count), round(y + (to_y - y) * at / count)
+            cells[down // 4][across // 2] |= _DOTS[across % 2][down % 4]
+    scale = [f"{high - (high - low) * row / max(1, height - 1):.4g}" for row in range(height)]
+    wide = max(len(said) for said in scale)
+    drawn = [f"{said:>{wide}} ┤{''.join(chr(0x2800 + cell) for cell in cells[row])}" for row, said in enumerate(scale)]
+    return [*drawn, f"{'':>{wide}} └{'─' * width}", f"{'':>{wide}}  {first:<{width // 2}}{last:>{width - width // 2}}"]

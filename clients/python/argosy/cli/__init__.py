@@ -5,10 +5,10 @@ found, 5 the fleet cannot be reached or is shedding, 6 a limit or quota, 7 the t
 1 anything else.
 """
 
-from argosy.cli import account, ask, datasets, explain, jobs, models, plot, tune
+from argosy.cli import account, ask, datasets, explain, jobs, models, plot, session, tune
 from argosy.cli.session import app, login_file
 
-__all__ = ["account", "app", "ask", "datasets", "explain", "jobs", "login_file", "main", "models", "plot", "tune"]
+__all__ = ["account", "app", "ask", "datasets", "explain", "jobs", "login_file", "main", "models", "plot", "session", "tune"]
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from argosy import names
 from argosy.cli.jobs import JobArgument
 from argosy.cli.live import Story
 from argosy.cli.session import app, chosen, fleet, out, show_json
-from argosy.pictures import draw
+from argosy.pictures import braille, draw
 
 
 @app.command()
@@ -39,17 +39,7 @@ def plot(
         for name, points in series.items():
             show_json({"metric": name, "points": [{"step": step, "value": value} for step, value in points]})
     else:
-        _terminal(series)
-
-
-def _terminal(series: dict[str, list[tuple[int, float]]]) -> None:
-    import plotext
-
-    for name, points in series.items():
-        plotext.clear_figure()
-        plotext.theme("clear")
-        plotext.plot_size(min(out.width, 100), 15)
-        plotext.title(name)
-        plotext.xlabel("step")
-        plotext.plot([step for step, _ in points], [value for _, value in points], marker="braille")
-        print(plotext.uncolorize(plotext.build()))
+        for name, points in series.items():
+            out.print(name, style="bold", markup=False)
+            for line in braille(points, width=max(24, min(out.width, 100) - 14)):
+                out.print(line, markup=False, no_wrap=True)
