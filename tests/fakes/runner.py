@@ -11,7 +11,7 @@ from pathlib import Path
 from struct import pack
 from typing import Any
 
-from services.inference.engine.calls import Hello, Sampling
+from services.inference.engine.calls import Hello, Sampling, Weigh, Weighed
 from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import BLOCK_SIZE, Adapter, AdapterProblem, Probe, Row, RowResult
 
@@ -144,6 +144,10 @@ class FakeRunner:
         if (owner, digest) not in self.adapters:
             raise AdapterProblem("adapter_unknown", "not scripted")
         return self.adapters[owner, digest]
+
+    def weigh(self, call: Weigh) -> Weighed:
+        """Each token is worth itself."""
+        return Weighed(call.id, tuple(map(float, call.prefix)), (0.0,) * max(1, len(call.continuations)), call.target or 0)
 
     def install(self, slot: int, adapter: Adapter | None) -> None:
         if not 1 <= slot <= self.slots:

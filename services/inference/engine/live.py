@@ -18,6 +18,7 @@ from services.inference.engine.calls import (
     Scored,
     Timings,
     Usage,
+    Weigh,
 )
 from services.inference.engine.sequence import Report, Sequence, State
 from services.inference.engine.step import BLOCK_SIZE, Draw, Row, RowResult

@@ -30,11 +30,12 @@ class Weigher:
         self._weigh = weigh
         self._inbox = inbox
         self._asked: queue.SimpleQueue[_Asked] = queue.SimpleQueue()  # bounded by the engine, which refuses more
-        self._forgotten: set[str] = set()
+        self._wanted: set[str] = set()  # not begun
         self._thread: threading.Thread | None = None
 
     def ask(self, call: Weigh) -> None:
         """Weigh it, in turn. The thread starts with the first call and ends with the process."""
+        self._wanted.add(call.id)
         self._asked.put(_Asked(call, time.monotonic() + call.deadline_s))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="weighing", daemon=True)
@@ -42,7 +43,7 @@ class Weigher:
 
     def forget(self, id: str) -> None:
         """Nobody waits for it any more: if it has not begun, it will not."""
-        self._forgotten.add(id)
+        self._wanted.discard(id)
 
     def _run(self) -> None:
         if sys.platform == "linux":  # threads that this one's sums are spread over inherit it
@@ -50,12 +51,12 @@ class Weigher:
         while True:
             asked = self._asked.get()
             self._inbox.put((self._answer(asked),))
-            self._forgotten.discard(asked.call.id)
 
     def _answer(self, asked: _Asked) -> Weighed:
         id = asked.call.id
-        if id in self._forgotten:
+        if id not in self._wanted:
             return Weighed(id, error="cancelled")
+        self._wanted.discard(id)
         if time.monotonic() >= asked.until:
             return Weighed(id, error="deadline")
         try:
