@@ -18,7 +18,6 @@ from services.inference.engine.calls import (
     FinishReason,
     Label,
     Labelled,
-    Load,
     Prefetch,
     WorkClass,
 )
