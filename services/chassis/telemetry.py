@@ -96,6 +96,7 @@ METRICS: Mapping[str, Metric] = {
         Metric("argosy.replica.inflight", "gauge", "{call}", "Calls of ours on a replica.", ("argosy.replica",)),
         Metric("argosy.replica.ejected", "counter", "{replica}", "Replicas that took no more calls, for a time.", _REASON),
         Metric("argosy.replica.retried", "counter", "{request}", "Requests started again elsewhere.", _REASON),
+        Metric("argosy.adapter.push", "histogram", "s", "Time of pushing a version to one replica.", ("argosy.outcome",), _SECONDS),
         Metric("argosy.engine.waiting", "gauge", "{sequence}", "Sequences that wait for the engine."),
         Metric("argosy.engine.running", "gauge", "{sequence}", "Sequences that the engine runs."),
         Metric("argosy.engine.queued", "gauge", "{token}", "Prompt tokens not yet computed."),

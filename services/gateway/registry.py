@@ -24,6 +24,7 @@ from services.chassis import status
 from services.chassis.channel import remaining, streaming
 from services.chassis.errors import DeadlineExceeded, NotStarted, ResourceNotFound, StoreUnavailable, WrongState
 from services.chassis.identity import Caller
+from services.chassis.telemetry import Telemetry
 from services.gateway.catalog import Catalog, Served
 from services.gateway.meanings import Meaning, Meanings, Target, model_of, pick
 
@@ -192,9 +193,10 @@ class OwnModels:
 class Pusher:
     """Follows finetune's feed for as long as it is entered."""
 
-    def __init__(self, finetune: Upstream, shelves: Shelves, meanings: Meanings) -> None:
+    def __init__(self, finetune: Upstream, shelves: Shelves, meanings: Meanings, telemetry: Telemetry | None = None) -> None:
         self._finetune = finetune
         self._shelves = shelves
+        self._telemetry = telemetry or Telemetry.off()
         self._meanings = meanings
         self._stub: Any = None if finetune.off else registry_pb2_grpc.RegistryServiceStub(finetune.channel)
         self._pushing: set[asyncio.Task[None]] = set()
@@ -281,6 +283,12 @@ class Pusher:
 
     async def _load(self, shelf: Shelf, adapter: str, owner: Caller) -> float | None:
         """Seconds, or None where the replica could not."""
+        began = _now()
+        seconds = await self._try(shelf, adapter, owner)
+        self._telemetry.record("argosy.adapter.push", _now() - began, {"argosy.outcome": "FAILED" if seconds is None else "DONE"})
+        return seconds
+
+    async def _try(self, shelf: Shelf, adapter: str, owner: Caller) -> float | None:
         for failures in range(TRIES):
             try:
                 return await shelf.load(adapter, owner, LOAD_S)

@@ -147,7 +147,7 @@ async def running(
             raise
 
     policy = Policy(authenticate=known, permit=permit, deadline_cap_s=deadline_cap_s, strip="x-")
-    async with replicas.watching(), Pusher(finetune, replicas, meanings).following():
+    async with replicas.watching(), Pusher(finetune, replicas, meanings, telemetry).following():
         async with serve(
             settings.listener,
             register,
