@@ -51,20 +51,17 @@ class Catalog:
     def tuned(self, target: Target, *, field: str = "model") -> Served:
         """A version of a project's own, with what its base can do.
 
-        A version with a head classifies by it; its adapter was taught nothing else, so it writes no text.
-
         Raises:
             ModelNotServed: no replica serves its base.
         """
         base = next((served for served in self._replicas.values() if served.digest == target.digest), None)
         if base is None:
             raise ModelNotServed(field)
-        has_head = TUNED in target.capabilities
         return Served(
             name=target.version,
             digest=base.digest,
             context_tokens=base.context_tokens,
-            capabilities=base.capabilities & BESIDE_A_HEAD | {TUNED} if has_head else base.capabilities - {TUNED},
+            capabilities=offered(base.capabilities, has_head=TUNED in target.capabilities),
             description=base.description,
             adapter=target.adapter,
             base=base.name,
@@ -105,6 +102,11 @@ class Catalog:
         for served in sorted(self._replicas.values(), key=lambda s: (counts[s.name, s.digest], s.digest)):
             best[served.name] = served
         return best
+
+
+def offered(base: frozenset[str], *, has_head: bool) -> frozenset[str]:
+    """What a version can do on a base. One with a head classifies by it; its adapter was taught nothing else, so it writes no text."""
+    return base & BESIDE_A_HEAD | {TUNED} if has_head else base - {TUNED}
 
 
 def require(served: Served, capability: str, *, field: str = "model") -> None:

@@ -242,6 +242,23 @@ async def test_bases_and_own_models_are_one_list() -> None:
         assert [model.name for model in page.models] == [model.name for model in own]
 
 
+async def test_an_own_model_shows_what_a_call_would_be_let_do() -> None:
+    tuned_head, enough = model_pb2.MODEL_CAPABILITY_CLASSIFY_TUNED, model_pb2.MODEL_CAPABILITY_GENERATE
+    shown = {
+        "projects/acme/models/head": model_pb2.Model(base_model="models/fake", default_version="v", capabilities=[tuned_head]),
+        "projects/acme/models/chat": model_pb2.Model(base_model="models/fake", default_version="v", capabilities=[enough]),
+        "projects/acme/models/none": model_pb2.Model(base_model="models/fake"),
+    }
+    async with tuned(replies={"GetModel": lambda request: shown[request.name]}) as (_, at):
+        found = [
+            set((await at.models.GetModel(model_pb2.GetModelRequest(name=name), metadata=metadata(), timeout=5)).capabilities)
+            for name in shown
+        ]
+        assert tuned_head in found[0] and enough not in found[0]
+        assert tuned_head not in found[1] and {enough, model_pb2.MODEL_CAPABILITY_CHAT_PLAIN} <= found[1]
+        assert not found[2]
+
+
 async def test_A4_a_silent_upload_ends_at_its_deadline() -> None:
     """A client that opens an upload and says nothing is cut at its deadline."""
     async with tuned() as (fake, at):

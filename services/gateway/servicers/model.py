@@ -7,7 +7,7 @@ from services.chassis import bounds
 from services.chassis.errors import FieldInvalid, ResourceNotFound, StoreUnavailable
 from services.chassis.identity import Caller
 from services.chassis.lists import PAGE, PageTokens
-from services.gateway.catalog import Catalog, Served
+from services.gateway.catalog import Catalog, Served, offered
 from services.gateway.servicers.forwarded import Forwarding
 from services.gateway.servicers.relay import caller
 
@@ -106,9 +106,11 @@ class ModelServicer:
                 setattr(model, field, getattr(described, field))
         if not model.HasField("default_config"):
             model.default_config.CopyFrom(described.default_config)
-        if not model.capabilities:
-            model.capabilities.extend(described.capabilities)
-        model.ready_replicas = self._models.ready(base) if model.default_version else 0
+        if model.default_version:  # else it can do nothing yet
+            names = offered(base.capabilities, has_head=model_pb2.MODEL_CAPABILITY_CLASSIFY_TUNED in model.capabilities)
+            model.ClearField("capabilities")
+            model.capabilities.extend(sorted(model_pb2.ModelCapability.Value(f"MODEL_CAPABILITY_{name}") for name in names))
+            model.ready_replicas = self._models.ready(base)
         return model
 
 
