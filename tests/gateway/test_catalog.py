@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
-from services.chassis.errors import ModelCapability, ResourceNotFound
+from services.chassis.errors import ModelCapability, ModelNotServed, ResourceNotFound
 from services.gateway.catalog import Catalog, Served, require
+from services.gateway.meanings import Target
 
 GEMMA = Served("models/gemma", "d1", 32_768, frozenset({"GENERATE"}))
 QWEN = Served("models/qwen", "d2", 40_960)
@@ -55,3 +58,37 @@ def test_a_missing_capability_is_named() -> None:
     with pytest.raises(ModelCapability) as refused:
         require(GEMMA, "EXPLAIN")
     assert refused.value.metadata["capability"] == "EXPLAIN"
+
+
+def version(capabilities: frozenset[str] = frozenset(), digest: str = GEMMA.digest) -> Target:
+    return Target("projects/acme/models/m/versions/3", GEMMA.name, digest, "ad" * 32, capabilities)
+
+
+def test_a_version_is_its_base_with_an_adapter() -> None:
+    served = catalog(a=GEMMA, b=QWEN).tuned(version())
+    assert (served.name, served.base, served.shared) == ("projects/acme/models/m/versions/3", GEMMA.name, GEMMA.name)
+    assert (served.digest, served.adapter, served.context_tokens) == (GEMMA.digest, "ad" * 32, GEMMA.context_tokens)
+    assert served.capabilities == GEMMA.capabilities and GEMMA.shared == GEMMA.name
+
+
+def test_a_version_with_a_head_classifies_and_writes_nothing() -> None:
+    base = replace(GEMMA, capabilities=frozenset({"GENERATE", "CLASSIFY_ZERO_SHOT", "EMBED", "EXPLAIN", "CLASSIFY_TUNED"}))
+    known = catalog(a=base)
+    assert known.tuned(version(frozenset({"CLASSIFY_TUNED"}))).capabilities == {"CLASSIFY_TUNED", "EMBED", "EXPLAIN"}
+    assert known.tuned(version()).capabilities == base.capabilities - {"CLASSIFY_TUNED"}
+
+
+def test_a_version_of_a_base_that_is_gone_is_not_served() -> None:
+    with pytest.raises(ModelNotServed):
+        catalog(a=QWEN).tuned(version())
+    with pytest.raises(ModelNotServed):  # the name is there, its weights are others
+        catalog(a=GEMMA).tuned(version(digest="00" * 32))
+
+
+def test_a_base_is_found_by_name_and_by_weights() -> None:
+    newer = replace(GEMMA, digest="d9")
+    known = catalog(a=GEMMA, b=GEMMA, c=newer)
+    assert known.base(GEMMA.name) == known.base(GEMMA.name, GEMMA.digest) == GEMMA
+    assert known.base(GEMMA.name, "d9") == newer
+    assert known.base("models/none") is None and known.base(GEMMA.name, "00") is None
+    assert catalog().empty and not known.empty

@@ -340,3 +340,11 @@ async def test_calls_meet_where_the_adapter_is() -> None:
         for number in range(6):
             await say(at, text=f"question {number}")
         assert [len(engine.calls) for engine in engines] == [0, 6, 0]
+
+
+async def test_two_gateways_push_the_same_version_and_nothing_comes_twice() -> None:
+    async with tuned(engines=2) as (fake, engines, _), edge(*engines, finetune=fake.address):
+        await fake.until(lambda f: len(f.of("WatchVersions")) == 2)
+        fake.tell(**ready(ONE))
+        await fake.until(lambda f: len({asked.request.replicas for asked in f.of("ReportServable")}) == 2)
+        assert all([digest for _, digest in engine.adapters] == [ONE] for engine in engines)
