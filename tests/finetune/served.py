@@ -28,7 +28,7 @@ from services.finetune.settings import DatasetSettings
 from services.finetune.store import FineTuneStore, open_store
 from services.finetune.validating import Validators
 
-KEY = Ed25519PrivateKey.generate()
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))  # the same in every process of a benchmark
 AUDIENCE = "argosy.finetune"
 DEFAULTS = DatasetSettings()
 SCOPES = frozenset({"datasets.read", "datasets.write", "datasets.content"})
