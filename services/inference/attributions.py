@@ -83,18 +83,21 @@ def _area(at: Sequence[float], values: Sequence[float]) -> float:
 def by_unit(spans: Sequence[tuple[int, int]], weights: Sequence[float], units: Sequence[tuple[int, int]]) -> list[float]:
     """Weights of tokens as weights of units; a token over a border is shared by the units it touches, by its length in each.
 
-    Both kinds of range are half-open in the same measure and in order; what lies outside every unit is dropped.
+    Both kinds of range are half-open in the same measure and in order; a token outside every unit is dropped.
     """
     found = [0.0] * len(units)
     at = 0
     for (first, last), weight in zip(spans, weights, strict=True):
         while at < len(units) and units[at][1] <= first:
             at += 1
+        shared: dict[int, int] = {}
         for place in range(at, len(units)):
-            shared = min(last, units[place][1]) - max(first, units[place][0])
-            if shared <= 0:
+            length = min(last, units[place][1]) - max(first, units[place][0])
+            if length <= 0:
                 break
-            found[place] += weight * shared / (last - first)
+            shared[place] = length
+        for place, length in shared.items():
+            found[place] += weight * length / sum(shared.values())
     return found
 
 

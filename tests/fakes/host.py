@@ -7,6 +7,7 @@ list a call works through for each output: an id is a token, a FinishReason ends
 
 import asyncio
 import hashlib
+import math
 import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -39,6 +40,8 @@ from services.inference.engine.calls import (
     Timings,
     Token,
     Usage,
+    Weigh,
+    Weighed,
     WorkClass,
 )
 from services.inference.engine.host import EngineLost, EngineNotReady
@@ -93,6 +96,7 @@ class FakeHost:
     golden: Sequence[int] = tuple(range(10, 18))  # what the replica's own golden prompt (class EXPLAIN) is answered; not counted
     golden_error: str | None = None  # or this, as its `Done.error`
     error: str | None = None  # `Done.error` of each call, in place of an answer
+    gradients: bool = True
     adapters: dict[tuple[str, str], AdapterReady] = field(default_factory=dict)  # by owner and digest; see `tuned`
     _stopped: set[tuple[str, int]] = field(default_factory=set)
     _aborted: set[str] = field(default_factory=set)
@@ -242,6 +246,13 @@ class FakeHost:
                 logits = [[likely(ids, place) for place in range(count)] for ids in call.inputs]
                 yield Labelled(call.id, tuple(struct.pack(f"<{count}f", *row) for row in logits))
                 yield Done(call.id, Usage(sum(map(len, call.inputs)), 0, 0), Timings(0.001, 0.002, 0.0))
+            case Weigh():
+                if not self.gradients:
+                    yield Done(call.id, *nothing, "no_gradients")
+                    return
+                yield self._weigh(call, ready)
+                read = len(call.prefix) * max(1, len(call.continuations)) + sum(map(len, call.continuations))
+                yield Done(call.id, Usage(read, 0, 0), Timings(0.0, 0.0, 0.0))
             case Embed():
                 vectors = tuple(struct.pack(f"<{self.hello.width}f", *self._vector(ids)) for ids in call.inputs)
                 yield Embedded(call.id, vectors)
@@ -328,5 +339,22 @@ class FakeHost:
         first = tuple(self.scores(call.prefix, probe) for probe in call.first_probes)
         return Scored(call.id, tuple(map(one, call.continuations)), first)
 
+    def _weigh(self, call: Weigh, ready: AdapterReady | None) -> Weighed:
+        """A token is worth its id; scores are those of `Score` or `Label`."""
+        if call.continuations:
+            scored = self._score(Score(call.id, call.prefix, call.continuations, 0.0, "", b"")).continuations
+            found = [sum(one.logprobs) / (len(one.logprobs) if call.contrast else 1) for one in scored]
+            scores = _log_softmax([one - base for one, base in zip(found, call.contrast, strict=True)]) if call.contrast else found
+        else:
+            assert ready is not None
+            scores = _log_softmax([likely(call.prefix, place) / ready.temperature for place in range(len(ready.labels))])
+        target = max(range(len(scores)), key=scores.__getitem__) if call.target is None else call.target
+        return Weighed(call.id, tuple(map(float, call.prefix)), tuple(scores), target)
+
     def _vector(self, ids: Sequence[int]) -> list[float]:
         return [likely(ids, place) for place in range(self.hello.width)]
+
+
+def _log_softmax(scores: Sequence[float]) -> list[float]:
+    total = math.log(sum(map(math.exp, scores)))
+    return [score - total for score in scores]

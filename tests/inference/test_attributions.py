@@ -80,7 +80,7 @@ def test_curves_are_nested_and_leave_every_unit_out_equally_often():
 
 
 def test_tokens_become_units_by_their_share():
-    found = attributions.by_unit([(0, 2), (2, 6), (6, 8), (9, 12)], [1.0, 2.0, 4.0, 8.0], [(0, 4), (4, 8)])
+    found = attributions.by_unit([(0, 2), (2, 6), (6, 9), (9, 12)], [1.0, 2.0, 4.0, 8.0], [(0, 4), (4, 8)])
     assert found == [2.0, 5.0]
 
 

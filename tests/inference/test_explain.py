@@ -9,13 +9,16 @@ import pytest
 
 from argosy.v1 import content_pb2, explanation_pb2, language_pb2, usage_pb2
 from argosy_internal.engine.v1 import engine_pb2
-from services.inference.engine.calls import WorkClass
+from services.inference.attributions import by_unit
+from services.inference.engine.calls import Prefetch, Weigh, WorkClass
 from tests.fakes.host import IDLE, FakeHost, hello
 from tests.inference.replicas import TOKENIZER, client, ids, reason, signed, trailers
 
 MODEL = "models/tiny"
 LABELS = ["tech", "sport", "world"]
 WORD = explanation_pb2.ATTRIBUTION_UNIT_WORD
+GRADIENT = explanation_pb2.ATTRIBUTION_METHOD_GRADIENT_X_INPUT
+DIGEST = "cd" * 32
 
 
 def request(**fields):
@@ -175,13 +178,14 @@ async def test_more_units_than_the_deadline_has_time_for_are_refused_before_any_
     ("message", "expected", "field"),
     [
         (label_of("a", "nobody"), "FIELD_INVALID", "classify.label"),
-        (continuation_of("hello " * 600, " yes"), "PROMPT_TOO_LONG", "generation.prompt"),
-        (label_of("a", method=explanation_pb2.ATTRIBUTION_METHOD_GRADIENT_X_INPUT), "MODEL_CAPABILITY", "method"),
+        (continuation_of("hello " * 1_100, " yes"), "PROMPT_TOO_LONG", "generation.prompt"),
+        (label_of("hello " * 400, method=GRADIENT), "PROMPT_TOO_LONG", "classify.text"),
+        (continuation_of("a " * 513, " yes", method=GRADIENT), "FIELD_OUT_OF_RANGE", "generation.prompt"),
         (request(classify=explanation_pb2.ClassifyTarget(text="a")), "MODEL_CAPABILITY", "classify.label_source"),
     ],
 )
 async def test_what_cannot_be_explained_is_refused(message, expected, field):
-    async with client() as replica:
+    async with client(FakeHost(hello=hello(context=2_048))) as replica:
         name, metadata = reason(await refused(replica, message))
     assert (name, metadata["field"]) == (expected, field)
 
@@ -216,6 +220,116 @@ async def test_F4_engine_lost_while_explaining():
     async with client(host) as replica:
         host.lose()
         assert reason(await refused(replica, label_of("a")))[0] == "NOT_STARTED"
+
+
+# --- gradient × input ----------------------------------------------------------------------------------------------------------------
+
+
+async def test_gradient_weighs_each_token_once_and_units_are_their_sums():
+    """The fake's token is worth its id."""
+    text = "the world, hello é"
+    host = FakeHost()
+    async with client(host) as replica:
+        for message in (label_of(text, "sport", method=GRADIENT), continuation_of(text, " yes no", method=GRADIENT)):
+            occluded = type(message)()
+            occluded.CopyFrom(message)
+            occluded.explain.method = 0
+            occluded.generation_id = str(uuid.uuid4())
+            reply, other = await explained(replica, message), await explained(replica, occluded)
+            assert [one.span for one in reply.attributions] == [one.span for one in other.attributions]
+            assert reply.target_score == pytest.approx(other.target_score, abs=1e-5)
+            assert reply.baseline_score == pytest.approx(other.baseline_score, abs=1e-5)
+            assert not reply.HasField("faithfulness"), "the cheap mode is not tested"
+            assert [one.weight for one in reply.attributions] == pytest.approx(worth(host, text, reply.attributions))
+
+
+def worth(host, text, found):
+    """Sums of the ids in the prompt that was weighed, each unit's that it touches."""
+    (prefix,) = [call.prefix for call in host.calls if isinstance(call, Weigh)][-1:]
+    said, spans = b"", []
+    for token in prefix:
+        spans.append((len(said), len(said) + len(TOKENIZER.text_bytes(token))))
+        said += TOKENIZER.text_bytes(token)
+    at = said.index(text.strip().encode()) - len(text) + len(text.lstrip())
+    return by_unit(spans, list(map(float, prefix)), [(at + one.span.start_byte, at + one.span.end_byte) for one in found])
+
+
+async def test_gradient_takes_three_passes():
+    host = FakeHost()
+    async with client(host) as replica:
+        reply = await explained(replica, continuation_of("the world " * 20, " yes", method=GRADIENT))
+    assert reply.usage.passes == 3  # forward, backward, and forward over nothing
+    assert len(host.calls) == 2
+
+
+async def test_gradient_of_a_dialogue_finds_every_turn():
+    turns = [(" say hello", content_pb2.ROLE_USER), ("no", content_pb2.ROLE_ASSISTANT), ("the world", content_pb2.ROLE_USER)]
+    messages = [content_pb2.ChatMessage(role=role, parts=[content_pb2.ContentPart(text=text)]) for text, role in turns]
+    target = explanation_pb2.GenerationTarget(chat=content_pb2.ChatPrompt(messages=messages), continuation=" yes")
+    host = FakeHost()
+    async with client(host) as replica:
+        reply = await explained(replica, request(generation=target, method=GRADIENT))
+    assert [(one.span.source_id, one.span.text) for one in reply.attributions] == [
+        ("0", " say "), ("0", "hello"), ("1", "no"), ("2", "the "), ("2", "world"),
+    ]  # fmt: skip
+    by_turn = [[one for one in reply.attributions if one.span.source_id == str(turn)] for turn in range(3)]
+    expected = [worth(host, text, found) for (text, _), found in zip(turns, by_turn, strict=True)]
+    assert [one.weight for one in reply.attributions] == pytest.approx([weight for turn in expected for weight in turn])
+
+
+async def test_an_engine_without_gradients_says_so():
+    async with client(FakeHost(gradients=False)) as replica:
+        name, metadata = reason(await refused(replica, label_of("a", method=GRADIENT)))
+    assert (name, metadata["capability"]) == ("MODEL_CAPABILITY", "gradient_x_input")
+
+
+# --- a model's own labels ------------------------------------------------------------------------------------------------------------
+
+
+def own(text, method=0, label=None):
+    message = request(classify=explanation_pb2.ClassifyTarget(text=text, label=label), method=method)
+    message.model.CopyFrom(content_pb2.ServedModel(version="projects/acme/models/tuned/versions/v1", adapter_digest=DIGEST))
+    return message
+
+
+def tuned_host(**fields):
+    host = FakeHost(hello=hello(adapter_slots=4))
+    host.tuned("p-1", DIGEST, **({"labels": ("x", "y", "z"), "temperature": 2.0, "max_tokens": 64} | fields))
+    return host
+
+
+@pytest.mark.parametrize("method", [0, GRADIENT], ids=["occlusion", "gradient"])
+async def test_a_tuned_label_is_explained_by_its_calibrated_probability(method):
+    host = tuned_host()
+    async with client(host) as replica:
+        asked = language_pb2.ClassifyTextRequest(model=MODEL, texts=["the tech world"])
+        encoding = engine_pb2.EncodeRequest(
+            generation_id=str(uuid.uuid4()), request_id=str(uuid.uuid4()), model=own("a").model, classify=asked
+        )
+        labels = (await replica.stub.Encode(encoding, timeout=10, metadata=signed())).classify.results[0].labels
+        reply = await explained(replica, own("the tech world", method))
+        named = await explained(replica, own("the tech world", method, label=labels[2].label))
+    assert math.exp(reply.target_score) == pytest.approx(labels[0].probability, rel=1e-5)
+    assert math.exp(named.target_score) == pytest.approx(labels[2].probability, rel=1e-5)
+    assert [one.span.text for one in reply.attributions] == ["the ", "tech ", "world"]
+    assert reply.model.adapter_digest == DIGEST
+    assert {call.adapter for call in host.calls if not isinstance(call, Prefetch)} == {DIGEST}
+    if not method:
+        assert reply.usage.passes == 1 + 3 + 1 + len([2]) * 3  # whole, each word, nothing, and one point of each deletion curve
+
+
+async def test_passes_over_windows_are_each_counted():
+    async with client(tuned_host(max_tokens=3)) as replica:
+        reply = await explained(replica, own("the world hello yes no tech", label="x"))
+    assert reply.usage.passes > 6 + 2 + 9
+
+
+async def test_A10_a_foreign_adapter_is_not_found():
+    host = tuned_host()
+    host.adapters = {("p-2", DIGEST): host.adapters.pop(("p-1", DIGEST))}
+    async with client(host) as replica:
+        for method in (0, GRADIENT):
+            assert reason(await refused(replica, own("a", method)))[0] == "RESOURCE_NOT_FOUND"
 
 
 def _fields(load):

@@ -16,7 +16,7 @@ from argosy.v1 import content_pb2, embedding_pb2, language_pb2, usage_pb2
 from argosy_internal.engine.v1 import engine_pb2
 from services.chassis.errors import FieldOutOfRange, ModelCapability, NotStarted, PromptTooLong, StreamLost, UnsupportedLanguage
 from services.inference import languages, spans, tasks
-from services.inference.engine.calls import Done, Embed, Embedded, Label, Labelled, Score, Scored, Token
+from services.inference.engine.calls import Done, Embed, Embedded, Label, Labelled, Score, Scored, Token, Weigh, Weighed
 from services.inference.engine.host import EngineLost, EngineNotReady, Host
 from services.inference.languages import Language
 from services.inference.servicers.generating import DEADLINE_MARGIN_S, Who, refusal
@@ -48,7 +48,7 @@ class Spending:
     """The engine's counts of one request, kept where the door can read them whatever happens."""
 
     def __init__(self, who: Who, work: Work, usage: usage_pb2.Usage, left_s: Left, *, passes: bool = False) -> None:
-        """`passes`: the request is billed by passes, and each call that read something is one."""
+        """`passes`: the request is billed by passes."""
         self.who = who
         self.work = work
         self.left_s = left_s
@@ -65,12 +65,13 @@ class Spending:
         left = self.left_s()
         return max(0.0, left - min(DEADLINE_MARGIN_S, left / 2))
 
-    def add(self, done: Done) -> None:
-        """One call's counts; raises what its error means."""
+    def add(self, done: Done, passes: int = 1) -> None:
+        """One call's counts, and its passes if it read anything; raises what its error means."""
         self._usage.input_tokens += done.usage.input_tokens
         self._usage.cached_input_tokens += done.usage.cached_input_tokens
         self._usage.output_tokens += done.usage.output_tokens
-        self._usage.passes += self._passes and done.usage.input_tokens > 0
+        if self._passes and done.usage.input_tokens:
+            self._usage.passes += passes
         if done.error is not None:
             raise refusal(done.error)
 
@@ -128,20 +129,22 @@ class Encoder:
 
     # --- the engine -----------------------------------------------------------------------------------------------------------------
 
-    async def ask(self, call: Score | Embed | Label, spending: Spending) -> Scored | Embedded | Labelled:
+    async def ask(self, call: Score | Embed | Label | Weigh, spending: Spending) -> Scored | Embedded | Labelled | Weighed:
         """The engine's answer to one call, at `spending`."""
-        reply: Scored | Embedded | Labelled | None = None
+        reply: Scored | Embedded | Labelled | Weighed | None = None
+        # A prompt is read once for all of its continuations; forward and backward are two.
+        passes = 1 if isinstance(call, Score) else 2 if isinstance(call, Weigh) else len(call.inputs)
         try:
             # Leaving it early ends the call.
             with spending.work.call(call) as told:
                 async with aclosing(self._host.submit(call)) as messages:
                     async for message in messages:
                         match message:
-                            case Scored() | Embedded() | Labelled():
+                            case Scored() | Embedded() | Labelled() | Weighed():
                                 reply = message
                             case Done():
                                 told.done = message
-                                spending.add(message)
+                                spending.add(message, passes)
                             case _:
                                 assert not isinstance(message, Token)  # nothing generates here
         except EngineNotReady:

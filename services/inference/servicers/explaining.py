@@ -1,40 +1,32 @@
-"""Explanations by leaving out: what each word, token or sentence of a text is worth to a label or a continuation.
+"""Explanations: what each word, token or sentence of a text is worth to a label or a continuation.
 
-Every part is left out once, all of them together once, and a few nested sets for the deletion test: passes that run side by side, at the
-lowest class of work, and share the cache of whatever stands before the part.
+By occlusion every part is left out once, all of them together once, and a few nested sets for the deletion test: passes that run side by
+side, at the lowest class of work, and share the cache of whatever stands before the part. By gradient × input one forward and one backward
+pass weigh every token, beside the batch, and one more pass tells what the target scores without any part.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from argosy.v1 import content_pb2, explanation_pb2, usage_pb2
-from services.chassis.errors import FieldInvalid, FieldOutOfRange, ModelCapability, PromptTooLong
-from services.inference import attributions, tasks, units
-from services.inference.engine.calls import WorkClass
+from services.chassis.errors import DeadlineExceeded, FieldInvalid, FieldOutOfRange, ModelCapability, PromptTooLong
+from services.inference import attributions, units
+from services.inference.engine.calls import Weigh, Weighed, WorkClass
 from services.inference.engine.host import Host
-from services.inference.servicers.encoding import SENTIMENT, Encoder, Left, Spending
+from services.inference.servicers.encoding import Encoder, Left, Spending
 from services.inference.servicers.generating import Who
+from services.inference.servicers.locating import Unlocated, locate
 from services.inference.servicers.measured import Work
-from services.inference.servicers.plans import Planner, messages_from_proto, tools_from_proto
+from services.inference.servicers.plans import Planner
+from services.inference.servicers.subjects import Subject, Subjects
+from services.pretrained.templates import TemplateRefused
 
 __all__ = ["MOST_UNITS", "Explainer"]
 
-MOST_UNITS = 512  # of one request: as many passes, and about as many again are never needed
-
-Scores = Callable[[Sequence[str]], Awaitable[list[float]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """Texts whose parts are left out, and how likely each candidate is after what is left of them, in nats."""
-
-    field: str  # the texts' path in the request
-    texts: tuple[str, ...]
-    sources: tuple[str, ...]  # Span.source_id of each text
-    scores: Scores
-    target: int | None  # which candidate is explained; None: the likeliest
+MOST_UNITS = 512  # of one request: as many passes
+GRADIENT_TOKENS = 2_048  # of all candidates' prompts together: a backward pass keeps about 0.5 MB for each, of a model of 270M parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +45,7 @@ class Explainer:
         self._host = host
         self._planner = planner
         self._encoder = encoder
+        self._subjects = Subjects(planner, encoder)
 
     async def explain(
         self,
@@ -69,75 +62,19 @@ class Explainer:
         ModelCapability.
         """
         usage.cached_input_tokens = 0  # known, even where nothing was cached
-        if asked.method == explanation_pb2.ATTRIBUTION_METHOD_GRADIENT_X_INPUT:
-            raise ModelCapability("method", "gradient_x_input")
         spending = Spending(replace(who, work_class=WorkClass.EXPLAIN), work, usage, left_s, passes=True)
-        subject = await self._subject(asked, spending)
+        subject = await self._subjects.of(asked, spending)
         parts = await self._units(subject, asked.unit)
-        await self._afford(subject, len(parts), left_s())
-        reply = await self._occluded(subject, parts, spending)
+        if asked.method == explanation_pb2.ATTRIBUTION_METHOD_GRADIENT_X_INPUT:
+            reply = await self._weighed(subject, parts, spending)
+        else:
+            await self._afford(subject, len(parts), left_s())
+            reply = await self._occluded(subject, parts, spending)
         reply.model.CopyFrom(model)
         reply.usage.CopyFrom(usage)
         return reply
 
-    # --- what is explained --------------------------------------------------------------------------------------------------------------
-
-    async def _subject(self, asked: explanation_pb2.ExplainRequest, spending: Spending) -> Subject:
-        if asked.WhichOneof("target") == "classify":
-            return await self._labelled(asked.classify, spending)
-        return await self._continued(asked.generation, spending)
-
-    async def _labelled(self, asked: explanation_pb2.ClassifyTarget, spending: Spending) -> Subject:
-        """A label of ClassifyText: the score is the logarithm of the probability that it would answer."""
-        source = asked.WhichOneof("label_source")
-        if source is None:
-            raise ModelCapability("classify.label_source", "classify_tuned")
-        labels = list(asked.zero_shot.labels) if source == "zero_shot" else list(SENTIMENT)
-        target = _place(labels, asked.label) if asked.HasField("label") else None
-        word = tasks.label if source == "zero_shot" else tasks.sentiment
-        instruction = asked.zero_shot.instruction
-
-        def wording(text: str) -> tasks.Wording:
-            return word(text, labels, instruction)
-
-        bias: list[float] = []
-
-        async def scores(texts: Sequence[str]) -> list[float]:
-            if not bias:  # the first is the whole text, alone; its script decides, so that every variant is judged alike
-                bias.extend(await self._encoder.bias(tasks.script(asked.text), labels, instruction, wording, spending))
-            found, _ = await self._encoder.label_scores(texts[0], labels, wording, spending)
-            return attributions.log_softmax([score - base for score, base in zip(found, bias, strict=True)])
-
-        return Subject("classify.text", (asked.text,), ("",), scores, target)
-
-    async def _continued(self, asked: explanation_pb2.GenerationTarget, spending: Spending) -> Subject:
-        """A continuation: the score is its log-probability after the prompt, all tokens together."""
-        continuation = await self._planner.tokenizer.aencode(asked.continuation)
-        if asked.WhichOneof("input") == "chat":
-            messages = messages_from_proto(asked.chat.messages)
-            tools = tools_from_proto(asked.chat.tools)
-            field = "generation.chat"
-            texts = tuple(message.text for message in messages)
-            sources = tuple(str(place) for place in range(len(messages)))
-
-            async def prompt(texts: Sequence[str]) -> tuple[int, ...]:
-                return await self._planner.chat([replace(one, text=text) for one, text in zip(messages, texts, strict=True)], tools)
-        else:
-            field, texts, sources = "generation.prompt", (asked.prompt,), ("",)
-
-            async def prompt(texts: Sequence[str]) -> tuple[int, ...]:
-                # With nothing before it, a model without a beginning-of-text token starts from a blank line.
-                return await self._planner.text(texts[0]) or self._planner.tokenizer.newline_ids[:1]
-
-        length, room = len(await prompt(texts)), self._planner.hello.context - len(continuation)
-        if length > room:
-            raise PromptTooLong(field, length, max(0, room), "tokens")
-
-        async def scores(texts: Sequence[str]) -> list[float]:
-            reply = await self._encoder.score(await prompt(texts), [continuation], spending)
-            return [sum(reply.continuations[0].logprobs)]
-
-        return Subject(field, texts, sources, scores, 0)
+    # --- parts ---------------------------------------------------------------------------------------------------------------------------
 
     async def _units(self, subject: Subject, unit: explanation_pb2.AttributionUnit.ValueType) -> list[Unit]:
         """Every part of every text."""
@@ -155,15 +92,19 @@ class Explainer:
 
     async def _afford(self, subject: Subject, count: int, left_s: float) -> None:
         """Raise FieldOutOfRange where there are more units than may be asked for, or than are read before the deadline."""
-        if count > MOST_UNITS:
-            raise FieldOutOfRange(subject.field, count, MOST_UNITS, "units")
-        if count == 0:
-            raise FieldInvalid(subject.field, "no_units")
+        self._bounded(subject, count, MOST_UNITS)
         rate = self._host.load.prefill_tokens_per_s
         # On average half of a variant is read anew, and half comes from the cache: it is the same up to the part left out.
         tokens = sum(map(len, await self._planner.tokenizer.aencode_batch(subject.texts))) / 2
         if rate > 0 and count * tokens > rate * left_s:
             raise FieldOutOfRange(subject.field, count, int(rate * left_s / tokens), "units")
+
+    @staticmethod
+    def _bounded(subject: Subject, count: int, most: int) -> None:
+        if count > most:
+            raise FieldOutOfRange(subject.field, count, most, "units")
+        if count == 0:
+            raise FieldInvalid(subject.field, "no_units")
 
     # --- leaving out --------------------------------------------------------------------------------------------------------------------
 
@@ -193,6 +134,46 @@ class Explainer:
             reply.faithfulness = attributions.faithfulness(whole[target], baseline, single, weights, points, scores)
         return reply
 
+    # --- gradient × input ---------------------------------------------------------------------------------------------------------------
+
+    async def _weighed(self, subject: Subject, parts: Sequence[Unit], spending: Spending) -> explanation_pb2.ExplainResponse:
+        """Weight of a unit: the sum over its tokens."""
+        self._bounded(subject, len(parts), MOST_UNITS)
+        continuations, contrast = await subject.candidates()
+        try:
+            located = await asyncio.to_thread(locate, self._planner.tokenizer, subject.render, subject.texts)
+        except (Unlocated, TemplateRefused):
+            raise ModelCapability("method", "gradient_x_input_of_this_template") from None
+        length = len(located.ids) + max(map(len, continuations), default=0)
+        most = min(subject.longest, GRADIENT_TOKENS // max(1, len(continuations)))
+        if length > most:
+            raise PromptTooLong(subject.field, length, most, "tokens")
+        call = Weigh(
+            id=spending.id(),
+            prefix=located.ids,
+            continuations=tuple(map(tuple, continuations)),
+            deadline_s=spending.deadline_s(),
+            tenant=spending.who.tenant,
+            contrast=tuple(contrast),
+            target=subject.target,
+            adapter=spending.who.adapter,
+            owner=spending.who.tenant,
+        )
+        try:
+            async with asyncio.timeout(spending.deadline_s()):
+                answer = await self._encoder.ask(call, spending)
+        except TimeoutError:
+            raise DeadlineExceeded from None
+        assert isinstance(answer, Weighed)  # what a Weigh is answered with
+        weights: list[float] = []
+        for place, (text, tokens) in enumerate(zip(subject.texts, located.texts, strict=True)):
+            own = [(len(text[: part.first].encode()), len(text[: part.last].encode())) for part in parts if part.text == place]
+            weights += attributions.by_unit([(first, last) for _, first, last in tokens], [answer.weights[at] for at, _, _ in tokens], own)
+        baseline = (await subject.scores(_left(subject.texts, parts, frozenset(range(len(parts))))))[answer.target]
+        return explanation_pb2.ExplainResponse(
+            attributions=_attributions(subject, parts, weights), target_score=answer.scores[answer.target], baseline_score=baseline
+        )
+
 
 def _left(texts: Sequence[str], parts: Sequence[Unit], gone: frozenset[int]) -> list[str]:
     """The texts without some of their parts."""
@@ -214,9 +195,3 @@ def _attributions(subject: Subject, parts: Sequence[Unit], weights: Sequence[flo
         found.append(explanation_pb2.Attribution(span=span, weight=weight))
         at = span.end_byte
     return found
-
-
-def _place(labels: Sequence[str], label: str) -> int:
-    if label not in labels:
-        raise FieldInvalid("classify.label", "not_a_label")
-    return labels.index(label)

@@ -113,6 +113,8 @@ def refusal(error: str) -> ServiceError:
             return StoreUnavailable()
         case "adapter_refused" | "adapter_failed":
             return WrongState("model", error.upper())
+        case "no_gradients":
+            return ModelCapability("method", "gradient_x_input")
         case "no_adapters":
             return ModelCapability("model", "adapters")
         case _:
