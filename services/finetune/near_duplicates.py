@@ -6,6 +6,7 @@ Two texts that share nine of ten word pairs are found with 98 %, and told apart 
 import re
 import zlib
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ MINIMA = 16
 BAND = 4  # minima that must all agree for two texts to be compared
 ALIKE = 13  # of 16 minima: about 80 % of word pairs shared
 MAX_WORDS = 512  # of a text; what follows is not compared
+KNOWN_WORDS = 200_000  # whose hashes are kept
 MAX_TEXTS = 2_000_000  # compared with each other: 64 MB of minima
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
@@ -21,12 +23,24 @@ _MIX = np.uint32(0x9E3779B1)
 _FACTORS = np.random.Generator(np.random.PCG64(20)).integers(0, 1 << 32, MINIMA, dtype=np.uint32) | np.uint32(1)
 
 
+class _Hashes(dict[str, int]):
+    """Word → hash; a word that was met before costs a look-up."""
+
+    def __missing__(self, word: str) -> int:
+        found = self[word] = zlib.crc32(word.encode())
+        return found
+
+
+_HASHES = _Hashes()
+
+
 def minima(texts: Sequence[str]) -> NDArray[np.uint16]:
     """[texts, 16]: the least hash of all its word pairs by each of 16 hash functions, case and punctuation aside."""
     words = [_WORD.findall(text.casefold())[:MAX_WORDS] or [""] for text in texts]
     counts = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
-    crc = zlib.crc32
-    hashes = np.fromiter((crc(word.encode()) for each in words for word in each), dtype=np.uint32, count=int(counts.sum()))
+    hashes = np.fromiter(map(_HASHES.__getitem__, chain.from_iterable(words)), dtype=np.uint32, count=int(counts.sum()))
+    if len(_HASHES) > KNOWN_WORDS:
+        _HASHES.clear()
     follow = np.roll(hashes, -1)
     ends = np.cumsum(counts) - 1
     follow[ends] = 0  # the last word of a text pairs with nothing

@@ -93,12 +93,8 @@ class Row(msgspec.Struct, frozen=True):
 
 
 def _digest(*parts: str) -> bytes:
-    found = hashlib.sha256()
-    for part in parts:
-        data = part.encode()
-        found.update(b"%d:" % len(data))
-        found.update(data)
-    return found.digest()
+    data = [part.encode() for part in parts]
+    return hashlib.sha256(b"%s:%s" % (b",".join([b"%d" % len(each) for each in data]), b"".join(data))).digest()
 
 
 def read_rows(chunks: Iterable[bytes], layout: Layout) -> Iterator[Row | RowError]:
