@@ -21,6 +21,17 @@ from argosy.admin.v1 import api_key_pb2, usage_pb2
 
 ROOT = Path(__file__).parents[2]
 TENANT_SCOPES = ("generate", "models.read", "keys.read", "quota.read", "usage.read")
+TUNER_SCOPES = (
+    *TENANT_SCOPES,
+    "explain",
+    "models.write",
+    "models.promote",
+    "datasets.read",
+    "datasets.write",
+    "datasets.content",
+    "finetune.read",
+    "finetune.write",
+)
 SETTLED = usage_pb2.UsageOutcome
 
 
@@ -66,11 +77,11 @@ class Fleet:
     model: str
     home: Path
 
-    def tenant(self) -> Tenant:
+    def tenant(self, scopes: Sequence[str] = TENANT_SCOPES) -> Tenant:
         """A new project and a key of it."""
         with Client(self.address, self.api_key) as platform:
             project = platform.create_project(f"t-{uuid.uuid4().hex[:12]}").name
-            issued: api_key_pb2.IssuedApiKey = platform.create_key(project, TENANT_SCOPES)
+            issued: api_key_pb2.IssuedApiKey = platform.create_key(project, scopes)
         return Tenant(self, project, issued.secret, issued.api_key.name)
 
     def engines(self) -> list[psutil.Process]:
