@@ -9,7 +9,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ import torch
 
 from services.inference.engine.backend import Factors, Weights
 from services.inference.engine.calls import Weigh, Weighed
-from services.inference.engine.eager import EagerBackend, causal_class
+from services.inference.engine.eager import EagerBackend, Given, causal_class
 from services.inference.engine.runner import Source
 from services.inference.engine.step import Adapter, AdapterProblem
 
@@ -30,17 +30,19 @@ class Gradients:
     device: torch.device
     width: int
     source: Source | None = None
-    _model: Any = None
+    _model: Any = None  # its head alone, over given states
+    _trunk: Any = None
+    _linears: dict[str, torch.nn.Linear] = field(default_factory=dict)
 
     def weigh(self, call: Weigh) -> Weighed:
         """The answer; whatever is wrong with one call is its `error`."""
         try:
             if self._model is None:
-                self._model = self.make().eval().requires_grad_(False)
+                self._load()
             tuned = self._adapter(call.owner, call.adapter) if call.adapter else None
             if not call.continuations and (tuned is None or tuned[1].head is None):
                 return Weighed(call.id, error="adapter_headless")
-            with _adapted(self._model, tuned[1] if tuned else None):
+            with self._adapted(tuned[1] if tuned else None):
                 return self._weighed(call, tuned)
         except AdapterProblem as problem:
             return Weighed(call.id, error=problem.word)
@@ -56,11 +58,27 @@ class Gradients:
     @property
     def targets(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of each linear layer, by its path."""
-        return {path: (each.out_features, each.in_features) for path, each in _linears(self._model).items()}
+        return {path: (each.out_features, each.in_features) for path, each in self._linears.items()}
 
     def base(self, path: str) -> torch.Tensor:
         """A linear layer's weight, float32."""
-        return _linears(self._model)[path].weight.float()
+        return self._linears[path].weight.float()
+
+    def _load(self) -> None:
+        model = self.make().eval().requires_grad_(False)
+        self._trunk, prefix = model.base_model, model.base_model_prefix
+        linears = [(name, each) for name, each in self._trunk.named_modules() if isinstance(each, torch.nn.Linear)]
+        self._linears = {f"{prefix}.{name}": each for name, each in linears}
+        setattr(model, prefix, Given())
+        self._model = model
+
+    @contextmanager
+    def _adapted(self, weights: Weights | None) -> Iterator[None]:
+        """With an adapter in the forward inside: gain * (W x + up (down x)) in each layer it changes."""
+        with ExitStack() as stack:
+            for path, factors in weights.factors.items() if weights is not None else ():
+                stack.callback(self._linears[path].register_forward_hook(_hook(factors)).remove)
+            yield
 
     def _adapter(self, owner: str, digest: str) -> tuple[Adapter, Weights]:
         """Read and checked as for the batch, each time: what was deleted meanwhile is not here. Raises AdapterProblem."""
@@ -73,7 +91,7 @@ class Gradients:
         longest = length + max(0, max(map(len, rows)) - 1)  # nothing follows the last token
         ids = [(*call.prefix, *row[:-1]) + (0,) * (longest - length - max(0, len(row) - 1)) for row in rows]
         with torch.no_grad():
-            embedded = self._model.get_input_embeddings()(torch.tensor(ids, device=self.device))
+            embedded = self._trunk.get_input_embeddings()(torch.tensor(ids, device=self.device))
         # All rows read the same prompt: its gradient is summed over them. Padding comes after what is read, so causality masks it.
         prompt = embedded[:1, :length].clone().requires_grad_()
         inputs = torch.cat([prompt.expand(len(rows), -1, -1), embedded[:, length:]], 1)
@@ -90,19 +108,19 @@ class Gradients:
 
     def _continued(self, call: Weigh, inputs: torch.Tensor, length: int) -> torch.Tensor:
         """Log-probabilities of the candidates, [rows]."""
-        kept = inputs.shape[1] - length + 1
-        logits = self._model(inputs_embeds=inputs, use_cache=False, logits_to_keep=kept).logits[:, -kept:].float()
-        chances = torch.log_softmax(logits, -1)
-        scores = []
-        for row, tokens in zip(chances, call.continuations, strict=True):
-            each = row[: len(tokens)].gather(1, torch.tensor(tokens, device=self.device)[:, None])
-            scores.append(each.mean() if call.contrast else each.sum())
-        found = torch.stack(scores)
+        states = self._trunk(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        # Only where a token is scored, and side by side: the output matrix is most of a small model.
+        chosen = torch.cat([row[length - 1 : length - 1 + len(tokens)] for row, tokens in zip(states, call.continuations, strict=True)])
+        logits = self._model(inputs_embeds=chosen[None], use_cache=False).logits[0].float()
+        targets = torch.tensor([token for tokens in call.continuations for token in tokens], device=self.device)
+        each = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+        rows = torch.split(each, [len(tokens) for tokens in call.continuations])
+        found = torch.stack([tokens.mean() if call.contrast else tokens.sum() for tokens in rows])
         return torch.log_softmax(found - torch.tensor(call.contrast, device=self.device), 0) if call.contrast else found
 
     def _labelled(self, inputs: torch.Tensor, adapter: Adapter, weights: Weights) -> torch.Tensor:
         """Log-probabilities of the head's labels, [labels]."""
-        states = self._model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state[0].float()
+        states = self._trunk(inputs_embeds=inputs, use_cache=False).last_hidden_state[0].float()
         pooled = states.mean(0) if adapter.pooling == "MEAN" else states[-1]
         assert weights.head is not None  # asked before
         logits = weights.head.weight.to(self.device) @ pooled + weights.head.bias.to(self.device)
@@ -140,22 +158,6 @@ def gradients_of(backend: Any, directory: Path, source: Source | None) -> Gradie
         return Gradients(lambda: share(backend), backend.device, backend.width, source)
     dtype = cast("torch.dtype", getattr(backend, "dtype", torch.bfloat16))
     return Gradients(lambda: read(directory, backend.device, dtype), backend.device, backend.width, source)
-
-
-def _linears(model: Any) -> dict[str, torch.nn.Linear]:
-    prefix = model.base_model_prefix
-    return {f"{prefix}.{path}": each for path, each in model.base_model.named_modules() if isinstance(each, torch.nn.Linear)}
-
-
-@contextmanager
-def _adapted(model: Any, weights: Weights | None) -> Iterator[None]:
-    """With an adapter in the forward inside: gain * (W x + up (down x)) in each layer it changes."""
-    with ExitStack() as stack:
-        linears = _linears(model) if weights is not None else {}
-        for path, factors in weights.factors.items() if weights is not None else ():
-            handle = linears[path].register_forward_hook(_hook(factors))
-            stack.callback(handle.remove)
-        yield
 
 
 def _hook(factors: Factors) -> Any:

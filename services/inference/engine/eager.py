@@ -235,10 +235,11 @@ def _attend_varlen(
     return cast("torch.Tensor", out)[None]
 
 
-class _Given(torch.nn.Module):
+class Given(torch.nn.Module):
     """Stands where the trunk was, so that the model's own forward computes its head, with its scaling and capping, from given states."""
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> Any:
+        """What the trunk would answer, had it come to these states."""
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         return BaseModelOutputWithPast(last_hidden_state=cast("Any", inputs_embeds))
@@ -303,7 +304,7 @@ class EagerBackend:
         linears = [(f"{prefix}.{name}", each) for name, each in self.trunk.named_modules() if isinstance(each, torch.nn.Linear)]
         self.lora = Lora(dict(linears), slots)
         self.targets: Mapping[str, tuple[int, int]] = self.lora.targets
-        setattr(model, model.base_model_prefix, _Given())
+        setattr(model, model.base_model_prefix, Given())
         self.pools: dict[int, Pool] = {}
         self.blocks = 1
         self.graphs: dict[int, _Graph] = {}
