@@ -134,7 +134,7 @@ class Story:
             parts.append(row)
         if self.series:
             curves = Table.grid(padding=(0, 2))
-            for name, points in self.series.items():
+            for name, points in list(self.series.items()):  # drawn by another thread than the one that adds
                 if name != "learning_rate":
                     curves.add_row(name, f"{points[-1][1]:.4g}", curve(points))
             parts.append(curves)
