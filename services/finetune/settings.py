@@ -48,6 +48,7 @@ class DatasetSettings:
     stored_bytes_per_project: int = field(default=100 << 30, metadata={"minimum": 0})  # versions and open uploads together
     rows_per_version: int = field(default=5_000_000, metadata={"minimum": 0})  # V3
     open_uploads_per_project: int = field(default=16, metadata={"minimum": 0})
+    upload_streams: int = field(default=32, metadata={"minimum": 1})  # WriteUpload at once in this process, 16 MiB of memory each
     row_tokens: int = field(default=2_048, metadata={"minimum": 0})  # V9 warns of longer rows
     validators: int = field(default=1, metadata={"minimum": 0, "maximum": 64})  # validations at once, a process each
     validator_memory_bytes: int = field(default=2 << 30, metadata={"minimum": 0})  # of each

@@ -1,12 +1,15 @@
 """Tokens of rows as a base would see them: what a report tells and V9 judges."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.finetune.rows import Layout, Row
+from services.finetune.rows import Row
 from services.pretrained.templates import ChatTemplate, Message, TemplateRefused, load_template
 from services.pretrained.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,13 @@ class BaseTokens:
             return sum(len(self.tokenizer.encode(message.text)) for message in messages)
 
 
-def counters(bases: Sequence[tuple[str, Path]], layout: Layout) -> list[BaseTokens]:
-    """A counter for each base whose directory holds a tokenizer; classification needs no template."""
+def counters(bases: Sequence[tuple[str, Path]]) -> list[BaseTokens]:
+    """A counter for each base whose directory holds a usable tokenizer."""
     found = []
     for name, directory in bases:
-        tokenizer = Tokenizer.from_directory(directory)
-        found.append(BaseTokens(name, tokenizer, load_template(directory, tokenizer, tokenizer.prefix)))
+        try:
+            tokenizer = Tokenizer.from_directory(directory)
+            found.append(BaseTokens(name, tokenizer, load_template(directory, tokenizer, tokenizer.prefix)))
+        except Exception:  # the tokenizers library has no class of its own: whatever it is, rows can be judged without
+            log.warning("tokens of %s are not counted: its tokenizer or template cannot be used", name)
     return found

@@ -10,12 +10,13 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
 import msgspec
 
-from services.chassis.errors import StoreUnavailable
+from services.chassis.errors import ServiceError, StoreUnavailable
 from services.chassis.objects import Objects
 from services.finetune import dataset_store
 from services.finetune.queries import Record
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # a version whose validator dies this often is REJECTED: its rows kill whoever reads them
 LINE_BYTES = 4 << 20  # of an outcome: a thousand findings and a thousand labels
+BASE_SECONDS = 5.0  # a validation waits so long for a base that is being fetched
 POLL_SECONDS = 1.0  # between looks for versions that nothing woke us for
 
 
@@ -40,6 +42,28 @@ class Host(Protocol):
 
     async def __call__(self, task: Task, progress: Callable[[int], Awaitable[bool]]) -> Outcome | None:
         """The outcome; None: `progress` said that nobody wants it any more. Raises ValidatorDied."""
+        ...
+
+
+class Base(Protocol):
+    """A base that lies here."""
+
+    @property
+    def directory(self) -> Path:
+        """Its files."""
+        ...
+
+
+class Bases(Protocol):
+    """The bases by resource name."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What there is."""
+        ...
+
+    async def get(self, name: str) -> Base:
+        """One of them; fetched if it is not here yet."""
         ...
 
 
@@ -95,7 +119,7 @@ class Validators:
     store: FineTuneStore
     objects: Objects
     settings: DatasetSettings
-    bases: tuple[tuple[str, str], ...] = ()  # base model and directory, of those whose tokenizer is here
+    bases: Bases | None = None  # whose tokenizers count; None: none
     host: Host | None = None
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _owner: str = field(default_factory=lambda: str(uuid4()))
@@ -196,9 +220,18 @@ class Validators:
             derived=data_path(project, whole, derived_uid) if derived_uid else "",
             max_rows=self.settings.rows_per_version,
             row_tokens=self.settings.row_tokens,
-            bases=self.bases,
+            bases=await self._tokenizers(),
             memory_bytes=self.settings.validator_memory_bytes,
         ), derived_uid
+
+    async def _tokenizers(self) -> tuple[tuple[str, str], ...]:
+        """Base model and directory of each base that is here soon; the others' tokens are not counted."""
+        found = []
+        for name in sorted(self.bases.names) if self.bases is not None else ():
+            assert self.bases is not None
+            with suppress(TimeoutError, ServiceError):
+                found.append((name, str((await asyncio.wait_for(self.bases.get(name), BASE_SECONDS)).directory)))
+        return tuple(found)
 
     async def _settle(self, row: Record, outcome: Outcome, derived_uid: str) -> None:
         """One transaction: the verdict, its findings, and the clean version if one was made."""

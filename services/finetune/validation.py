@@ -298,7 +298,7 @@ def main() -> None:
     if task.bases:
         from services.finetune.token_counts import counters
 
-        counting = counters([(name, Path(directory)) for name, directory in task.bases], task.layout)
+        counting = counters([(name, Path(directory)) for name, directory in task.bases])
     outcome = validate(open_objects_sync(task.store_url), task, tell, counting)
     out.write(msgspec.json.encode(outcome) + b"\n")
     out.flush()

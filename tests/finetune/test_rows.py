@@ -1,6 +1,7 @@
 """T1: what each rule refuses, at which line, byte and field; and rows that are the same however the bytes come."""
 
 import json
+import tracemalloc
 
 import msgspec
 import pytest
@@ -407,3 +408,24 @@ def test_any_bytes_are_rows_or_findings(data: bytes) -> None:
 def test_findings_and_layouts_travel_as_json() -> None:
     layout = Layout("classify", "csv", ("a", "b"), "c", ";", False)
     assert msgspec.json.decode(msgspec.json.encode(layout), type=Layout) == layout
+
+
+def test_reading_needs_the_memory_of_a_piece_whatever_the_number_of_rows() -> None:
+    piece = b"".join(b'{"text":"%s","label":"x"}\n' % (b"word %d " % i * 500) for i in range(64))  # 256 KiB and more
+
+    def pieces(count: int):
+        for _ in range(count):
+            yield piece[:100_000]
+            yield piece[100_000:]
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in read_rows(pieces(count), CLASSIFY)) == 64 * count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(1)
+    assert peak(40) < 1.5 * peak(4)
+    assert peak(40) < 6 * len(piece)

@@ -91,3 +91,11 @@ def test_the_verdict_does_not_depend_on_the_cuts(tail: bytes, after_rows: bool, 
         data.decode()
         assert b"\0" not in data
         assert b"\r" not in data.replace(b"\r\n", b"").removesuffix(b"\r")
+
+
+def test_the_state_stays_small() -> None:
+    scan = Scan()
+    for _ in range(64):
+        assert scan.feed("日本語のテキスト\n".encode() * 20_000) is None
+    assert len(msgspec.json.encode(scan)) < 200
+    assert scan.lines == 64 * 20_000

@@ -16,11 +16,13 @@ from services.chassis import bounds, lists
 from services.chassis.errors import (
     ChecksumMismatch,
     FieldInvalid,
+    FieldOutOfRange,
     HasDependants,
     QuotaExceeded,
     ResourceExists,
     ResourceNotFound,
     ScopeMissing,
+    Shed,
     UploadFenced,
     UploadOffset,
     WrongState,
@@ -64,6 +66,7 @@ class DatasetServicer:
     dependants: Sequence[Dependants] = ()
     changed: Sequence[Callable[[], None]] = ()
     _hashers: Hashers = field(default_factory=Hashers)
+    _writers: int = 0  # streams that upload now
 
     # --- datasets -----------------------------------------------------------------------------------------------------------------------
 
@@ -193,6 +196,9 @@ class DatasetServicer:
     async def WriteUpload(self, requests: AsyncIterator[pb.WriteUploadRequest], context: Any) -> pb.WriteUploadResponse:
         """Store chunks; what is acknowledged is stored for good."""
         writer: UploadWriter | None = None
+        if self._writers >= self.settings.upload_streams:
+            raise Shed  # each may hold 16 MiB that are not stored yet
+        self._writers += 1
         try:
             async for request in requests:
                 bounds.check(request)
@@ -208,6 +214,7 @@ class DatasetServicer:
             await writer.flush()
             return pb.WriteUploadResponse(persisted_bytes=writer.persisted)
         finally:
+            self._writers -= 1
             if writer is not None:
                 await writer.close()
 
@@ -372,9 +379,11 @@ class DatasetServicer:
         if row["state"] == "VALIDATING":
             raise WrongState(state=row["state"])
         if request.offset > row["total_bytes"]:
-            raise UploadOffset(row["total_bytes"])
+            raise FieldOutOfRange("offset", request.offset, row["total_bytes"], "bytes")
         offset = request.offset
         path = data_path(row["project_uid"], row["dataset_uid"], row["uid"])
+        if await self.objects.size(path) is None:  # refused before its bytes were put together
+            raise WrongState(state=row["state"])
         async with contextlib.aclosing(self.objects.stream(path, offset)) as pieces:
             async for piece in pieces:
                 for at in range(0, len(piece), READ_BYTES):
