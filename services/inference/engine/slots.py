@@ -14,7 +14,7 @@ from itertools import count as counting
 
 from services.inference.engine.sequence import Sequence
 
-SLICE_S = 2.0  # long beside a step, and beside what a sequence that is put back computes again
+SLICE_S = 4.0  # most answers end within it; beside it, what a sequence that is put back computes again is little
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ class Slots:
     def rotate(self, now: float) -> list[Turn]:
         """Slots that change hands before the next step."""
         turns: list[Turn] = []
-        while self._parked:
+        while self._parked and self._could_place(now):
             adapter = min(self._parked, key=self._urgency)
             place = self._place(now, self._urgency(adapter)[0])
             if place is None:
@@ -127,6 +127,12 @@ class Slots:
         parked = self._parked[adapter]
         head = next(iter(parked.queue.values()))
         return min(sequence.work_class for sequence in parked.queue.values()), self._served(head.tenant), parked.since
+
+    def _could_place(self, now: float) -> bool:
+        """Asked before each step, however many wait: so without looking at them."""
+        return bool(self._free) or any(
+            not holder.active or now - holder.since >= self._slice_s or holder.work_class > 0 for holder in self._holders.values()
+        )
 
     def _place(self, now: float, work_class: int) -> tuple[int, list[Sequence]] | None:
         """A slot for work of this class, and who must leave it: free, then longest idle, then less urgent, then past its slice."""
