@@ -69,7 +69,7 @@ async def erase_version(connection: AsyncConnection, model: Record, row: Record,
 async def _stop_evaluations(connection: AsyncConnection, row: Record) -> None:
     """What is measured cannot go on without its candidate or its opponent."""
     e = model_evaluations.c
-    failure = {"reason": "RESOURCE_NOT_FOUND", "message": "The named resource does not exist.", "metadata": {"field": "candidate"}}
+    failure = {"reason": "RESOURCE_NOT_FOUND", "metadata": {"field": "candidate"}}
     await connection.execute(
         update(model_evaluations)
         .where(

@@ -60,9 +60,9 @@ async def renew(connection: AsyncConnection, row: Record, measured_rows: int) ->
     return bool(held.rowcount)
 
 
-async def release(connection: AsyncConnection, row: Record) -> None:
-    """Give the work back: the process stops."""
-    await connection.execute(_held(row).values(state="QUEUED", attempts=_e.attempts - 1, lease_time=None))
+async def release(connection: AsyncConnection, row: Record, *, spent: bool = False) -> None:
+    """Give the work back; `spent`: this attempt counts, since its process died."""
+    await connection.execute(_held(row).values(state="QUEUED", attempts=_e.attempts - (0 if spent else 1), lease_time=None))
 
 
 async def end(

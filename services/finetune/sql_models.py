@@ -38,6 +38,12 @@ async def model(connection: AsyncConnection, project_uid: str, name: str, *, loc
     return await one(connection, statement.with_for_update() if lock else statement)
 
 
+async def model_by_uid(connection: AsyncConnection, project_uid: str, uid: str) -> Record | None:
+    """The project's model of this uid that is not deleted."""
+    m = models.c
+    return await one(connection, select(models).where(m.project_uid == project_uid, m.uid == uid, m.delete_time.is_(None)))
+
+
 async def list_models(
     connection: AsyncConnection, project_uid: str, conditions: Iterable[Condition], order: tuple[str, bool],
     after: Sequence[str] | None, limit: int,

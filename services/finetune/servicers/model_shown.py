@@ -1,14 +1,15 @@
 """Rows of the registry as messages."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from argosy.v1 import error_pb2, finetune_pb2
+from argosy.v1 import finetune_pb2
 from argosy.v1 import model_pb2 as pb
 from argosy_internal.training.v1.training_pb2 import AdapterManifest
 from services.chassis.lists import etag
 from services.finetune import lineage
 from services.finetune.queries import Record
+from services.finetune.servicers.dataset_messages import failure
 from services.finetune.servicers.resources import timestamp
 
 _TUNED = (pb.MODEL_CAPABILITY_CLASSIFY_TUNED, pb.MODEL_CAPABILITY_EXPLAIN)
@@ -51,17 +52,6 @@ def model(row: Record, default: Record | None) -> pb.Model:
         shown.tuned_labels.extend(manifest.labels)
         shown.default_version = f"{shown.name}/versions/{default['number']}"
     return shown
-
-
-def failure(said: Mapping[str, Any] | None) -> error_pb2.Failure | None:
-    """Why something stored was refused: {reason, message, metadata}."""
-    if not said:
-        return None
-    return error_pb2.Failure(
-        reason=error_pb2.ErrorReason.Value(f"ERROR_REASON_{said['reason']}"),
-        message=said["message"],
-        metadata={name: str(value) for name, value in said["metadata"].items()},
-    )
 
 
 def version(row: Record, of: Record, *, whole: bool = False) -> pb.ModelVersion:

@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load as tensors_of
 
 from services.chassis.objects import SyncObjects, open_objects_sync
-from services.finetune.rows import Layout, Row, RowError, read_rows
+from services.finetune.examining import Examinee, Task
+from services.finetune.rows import Row, RowError, read_rows
 from services.finetune.trainer.batches import Batch, Example, layout
 from services.finetune.trainer.lora import LoraLinear
 from services.finetune.trainer.model import Base, load
@@ -30,7 +31,7 @@ from services.finetune.trainer.spec import Lora
 from services.pretrained.templates import load_template
 from services.pretrained.tokenizer import Tokenizer
 
-__all__ = ["Examinee", "Measured", "Task", "Unmeasurable", "measure"]
+__all__ = ["Measured", "Unmeasurable", "measure"]
 
 STEP_TOKENS = 2_048  # computed at once
 ROW_TOKENS = 4_096  # a longer chat is left out, for every model alike
@@ -46,35 +47,6 @@ class Unmeasurable(Exception):
     def __init__(self, rule: str) -> None:
         super().__init__(rule)
         self.rule = rule
-
-
-class Examinee(msgspec.Struct, frozen=True):
-    """A version under test, or the base, which has no `place`."""
-
-    name: str  # candidate, current or base
-    place: str = ""  # of its parts in the object store
-    parts: dict[str, str] = {}  # file name → SHA-256
-    rank: int = 0
-    alpha: float = 0.0
-    rslora: bool = False
-    dora: bool = False
-    labels: tuple[str, ...] = ()
-    temperature: float = 1.0
-    max_tokens: int = 0  # of one window of a text
-
-
-class Task(msgspec.Struct, frozen=True):
-    """What to measure."""
-
-    store_url: str
-    base_directory: str
-    data: str  # object of the rows
-    sha256: str
-    layout: Layout
-    examinees: tuple[Examinee, ...]
-    max_rows: int | None = None  # drawn by `seed`; None: all
-    seed: int = 0
-    threads: int | None = None  # of the CPU; None: those it may run on
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save
 
 from services.chassis.objects import open_objects_sync
+from services.finetune.examining import Examinee, Task
 from services.finetune.rows import Layout
 from services.finetune.trainer import lora as adapters
 from services.finetune.trainer.batches import Example, layout
-from services.finetune.trainer.evaluate import Examinee, Task, Unmeasurable, measure
+from services.finetune.trainer.evaluate import Unmeasurable, measure
 from services.finetune.trainer.model import load
 from services.finetune.trainer.rendering import Renderer
 from services.finetune.trainer.spec import Lora, Method
