@@ -5,9 +5,10 @@ State is in SQL and objects alone: a service that dies leaves a claim that runs 
 
 import asyncio
 import logging
+import os
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,7 @@ class ProcessHost:
         """See Host."""
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "services.finetune.validation", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            limit=LINE_BYTES, start_new_session=True,
+            limit=LINE_BYTES, start_new_session=True, env=_environment(os.environ),
         )  # fmt: skip
         try:
             assert child.stdin is not None
@@ -99,6 +100,16 @@ class ProcessHost:
                 child.kill()
             await child.wait()
             child._transport.close()  # type: ignore[attr-defined]  # its pipes, at once rather than when collected
+
+
+_PASSED = frozenset({"PATH", "PYTHONPATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR"})
+_STORES = ("AWS_", "AZURE_", "GOOGLE_")  # credentials of the object store, which the child opens for itself
+
+
+def _environment(ours: Mapping[str, str]) -> dict[str, str]:
+    """What a child that reads strangers' bytes may know: nothing of the database, no key of ours."""
+    passed = {name: value for name, value in ours.items() if name in _PASSED or name.startswith(_STORES)}
+    return passed | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)

@@ -156,15 +156,18 @@ async def test_rows_that_kill_every_validator_reject_the_version(served: Served)
     await asyncio.gather(working, return_exceptions=True)
 
 
-async def test_a_killed_child_is_a_dead_validator_and_leaves_no_process(served: Served) -> None:
+async def test_a_killed_child_is_a_dead_validator_and_leaves_no_process(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = b"".join(b'{"text":"Row %d mail a%d@b.example","label":"%d"}\n' % (i, i, i % 3) for i in range(200_000))
     served.objects.sync.put("v/data", rows)
     task = Task(served.objects.url, "v/data", "", len(rows), dataset_store.Layout("classify"))
     seen: list[int] = []
+    monkeypatch.setenv("ARGOSY_DATABASE_URL", "postgresql://secret")
 
     async def progress(done: int) -> bool:
         seen.append(done)
+        assert children()
         for child in children():
+            assert b"ARGOSY" not in Path(f"/proc/{child}/environ").read_bytes()
             os.kill(child, signal.SIGKILL)
         return True
 
