@@ -11,6 +11,8 @@ from pathlib import Path
 from struct import pack
 from typing import Any
 
+import msgspec
+
 from services.inference.engine.calls import Hello, Sampling, Weigh, Weighed
 from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import BLOCK_SIZE, Adapter, AdapterProblem, Probe, Row, RowResult
@@ -258,9 +260,10 @@ HELLO = Hello(
 
 
 def build(settings: EngineSettings) -> tuple[FakeRunner, Hello]:
-    """For a host: a pool of `settings.kv_tokens` tokens, 1,024 unless told."""
-    runner = FakeRunner((settings.kv_tokens or 1024) // BLOCK_SIZE)
-    return runner, HELLO
+    """For a host: a pool of `settings.kv_tokens` tokens, 1,024 unless told; adapter "tuned" of "owner" exists."""
+    runner = FakeRunner((settings.kv_tokens or 1024) // BLOCK_SIZE, slots=2)
+    runner.tune("owner", "tuned", labels=("x",), max_tokens=9)
+    return runner, msgspec.structs.replace(HELLO, adapter_slots=2)
 
 
 def build_nothing(settings: EngineSettings) -> tuple[FakeRunner, Hello]:

@@ -8,15 +8,20 @@ from typing import Any
 import pytest
 
 from services.inference.engine.calls import (
-    Call,
+    AdapterReady,
+    Asked,
     Done,
     Embed,
     Embedded,
     Ended,
+    Evict,
     FinishReason,
     FromEngine,
     Generate,
+    Label,
+    Labelled,
     Limits,
+    Prefetch,
     Sampling,
     Score,
     Scored,
@@ -70,7 +75,7 @@ def generate(id: str = "a", count: int = 5, **changes: Any) -> Generate:
     return Generate(id, PROMPT, SAMPLING, Limits(count, (0,), ignore_end_token=True), **(fields | changes))
 
 
-async def answer(host: Host, call: Call) -> list[FromEngine]:
+async def answer(host: Host, call: Asked) -> list[FromEngine]:
     return [message async for message in host.submit(call)]
 
 
@@ -114,6 +119,29 @@ async def test_a_score_and_an_embedding_are_answered_in_the_order_asked(host: Ho
     embedded, done = await answer(host, Embed("e", (PROMPT, (5,)), **shared))
     assert isinstance(embedded, Embedded) and [len(vector) for vector in embedded.vectors] == [4 * host.hello.width] * 2
     assert isinstance(done, Done) and done.usage == Usage(41, 0, 0)
+
+
+async def test_an_adapter_is_fetched_by_its_owner_used_and_forgotten(host: Host):
+    if isinstance(host, FakeHost):
+        host.tuned("owner", "tuned", labels=("x",), max_tokens=9)
+    ready, done = await answer(host, Prefetch("p", "tuned", "owner", 30.0))
+    assert isinstance(ready, AdapterReady) and (ready.labels, ready.max_tokens, ready.error) == (("x",), 9, None)
+    assert isinstance(done, Done) and done.error is None
+    tuned = {"adapter": "tuned", "owner": "owner", "deadline_s": 60.0, "tenant": "t", "cache_salt": b"salt"}
+    labelled, done = await answer(host, Label("l", (PROMPT, (5,)), **tuned))
+    assert isinstance(labelled, Labelled) and list(map(len, labelled.logits)) == [4, 4]
+    assert isinstance(done, Done) and done.usage == Usage(41, 0, 0)
+    done = (await answer(host, generate("g", adapter="tuned", owner="owner")))[-1]
+    assert isinstance(done, Done) and done.error is None and done.usage.output_tokens == 5
+    for call in (
+        generate("f", adapter="tuned", owner="other"),
+        generate("u", adapter="none", owner="owner"),
+        Prefetch("q", "none", "owner", 9.0),
+    ):
+        done = (await answer(host, call))[-1]
+        assert isinstance(done, Done) and done.error == "adapter_unknown"
+    (done,) = await answer(host, Evict("e", "tuned", "owner"))
+    assert isinstance(done, Done) and done.error is None
 
 
 async def test_what_cannot_run_is_refused(real: Host):

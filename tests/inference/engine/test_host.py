@@ -70,15 +70,21 @@ def gone(pid: int, within_s: float = 10.0) -> bool:
 
 async def test_F4_a_killed_child_is_told_to_every_stream_and_replaced():
     async with started() as host:
-        streams = [host.submit(generate(str(n))) for n in range(5)]
-        for stream in streams:
-            await anext(stream)
-        os.kill(child(host), signal.SIGKILL)
-        for stream in streams:
-            async with asyncio.timeout(5), aclosing(stream):
+        begun: asyncio.Queue[None] = asyncio.Queue()
+
+        async def lost(number: int) -> None:
+            async with asyncio.timeout(30), aclosing(host.submit(generate(str(number)))) as stream:
                 with pytest.raises(EngineLost):
                     async for message in stream:
                         assert not isinstance(message, Done)
+                        begun.put_nowait(None)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(5):
+                group.create_task(lost(number))
+            for _ in range(50):
+                await begun.get()
+            os.kill(child(host), signal.SIGKILL)
         assert host.restarted == 0 or host.ready
         await becomes(host, ready=True)
         messages = await answer(host, generate(count=5))
