@@ -242,6 +242,25 @@ async def test_bases_and_own_models_are_one_list() -> None:
         assert [model.name for model in page.models] == [model.name for model in own]
 
 
+async def test_a_watch_ends_well_near_our_cap_and_a_download_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.gateway.access.MAX_STREAM_SECONDS", 0.7)
+    event = finetune_pb2.WatchFineTuneJobResponse(event=finetune_pb2.JobEvent(sequence=1))
+    piece = dataset_pb2.ReadDatasetVersionResponse(data=b"half")
+    async with tuned(replies={"WatchFineTuneJob": [event, ...], "ReadDatasetVersion": [piece, ...]}) as (fake, at):
+        watch = jobs(at).WatchFineTuneJob(finetune_pb2.WatchFineTuneJobRequest(name=JOB), metadata=metadata(), timeout=30)
+        assert [message async for message in watch] == [event]
+        assert await watch.code() is grpc.StatusCode.OK
+        for stub, method, asked in (
+            (data(at), "ReadDatasetVersion", dataset_pb2.ReadDatasetVersionRequest()),
+            (jobs(at), "WatchFineTuneJob", finetune_pb2.WatchFineTuneJobRequest()),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as error:  # the second at a deadline of the caller's own
+                timeout = 30 if method == "ReadDatasetVersion" else 0.5
+                [message async for message in getattr(stub, method)(asked, metadata=metadata(), timeout=timeout)]
+            assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await fake.until(lambda f: all(asked.cancelled for asked in f.of("WatchFineTuneJob")))
+
+
 async def test_an_own_model_shows_what_a_call_would_be_let_do() -> None:
     tuned_head, enough = model_pb2.MODEL_CAPABILITY_CLASSIFY_TUNED, model_pb2.MODEL_CAPABILITY_GENERATE
     shown = {
