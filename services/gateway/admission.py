@@ -153,6 +153,17 @@ class Admission(Generic[P]):
         self.queued += 1
         return waiting
 
+    def check(self, ask: Ask, now: float, room: Callable[[Ask], bool]) -> None:
+        """Raise the Shed that `offer` would raise now, and change nothing. `room` tells what `start` would, without its effect."""
+        if not self._anyone_before(ask) and room(ask):
+            return
+        predicted = self.predicted_s(ask, now)
+        left = ask.latest_start - now
+        if predicted > left:
+            raise Shed(_retry_after(predicted - left))
+        if self.queued >= self._max_queued:
+            self._longest(ask, predicted)
+
     def withdraw(self, waiting: Waiting[P]) -> None:
         """The caller left while queued. Safe to repeat, and after a start."""
         if waiting.placement is None and waiting.refusal is None and not waiting.gone:
@@ -233,16 +244,20 @@ class Admission(Generic[P]):
         waiting.settled()
 
     def _make_place(self, ask: Ask, predicted: float) -> None:
-        """The queue is full: the longest line gives up its newest call, unless that is the asker's own line."""
+        """The queue is full: the longest line gives up its newest call."""
+        newest = self._longest(ask, predicted).calls.pop()
+        self._forget(newest)
+        self._refuse(newest, predicted)
+
+    def _longest(self, ask: Ask, predicted: float) -> _Line[P]:
+        """The longest line of the lowest rank. Raises Shed where the asker's own is as long, or of a lower rank."""
         rank, line = max(
             ((rank, line) for rank in Rank for line in self._lines[rank].values()), key=lambda item: (item[0], len(item[1].calls))
         )
         own = len(self._lines[ask.rank][ask.project_uid].calls) if ask.project_uid in self._lines[ask.rank] else 0
         if rank < ask.rank or (rank == ask.rank and len(line.calls) <= own + 1):
             raise Shed(_retry_after(predicted))
-        newest = line.calls.pop()
-        self._forget(newest)
-        self._refuse(newest, predicted)
+        return line
 
 
 def _retry_after(over_s: float) -> float:

@@ -239,6 +239,19 @@ class Pool:
             else:
                 admission.close(now)
 
+    def check(self, ask: Ask, *, stream: bool) -> None:
+        """Raise what `enter` would raise now without waiting, and take no place."""
+        if not self.alive:
+            raise NotStarted()
+        now = self.now()
+        self.admission(stream).check(self._in_time(ask, now), now, lambda ask: self.choose(ask, stream) is not None)
+
+    def _in_time(self, ask: Ask, now: float) -> Ask:
+        """With the latest start that leaves time to answer."""
+        peers = routing.usable([link.replica for link in self.links()], now)
+        answer_s = min((routing.answer_s(peer, self.work(ask), peers) for peer in peers), default=0.0) * HASTE
+        return replace(ask, latest_start=min(ask.latest_start, ask.latest_end - answer_s))
+
     async def enter(self, ask: Ask, *, stream: bool) -> Place:
         """A place for `ask`, at once or after a wait.
 
@@ -251,9 +264,7 @@ class Pool:
         loop = asyncio.get_running_loop()
         told: asyncio.Future[None] = loop.create_future()
         admission = self.admission(stream)
-        peers = routing.usable([link.replica for link in self.links()], loop.time())
-        answer_s = min((routing.answer_s(peer, self.work(ask), peers) for peer in peers), default=0.0) * HASTE
-        ask = replace(ask, latest_start=min(ask.latest_start, ask.latest_end - answer_s))
+        ask = self._in_time(ask, loop.time())
         waiting = admission.offer(ask, loop.time(), lambda: None if told.done() else told.set_result(None))
         if waiting.placement is not None:
             waiting.placement.waiting = waiting
@@ -369,6 +380,10 @@ class Replicas:
         if pool is None:
             pool = self._pools[digest] = Pool(self, digest)
         return pool
+
+    def check(self, served: Served, ask: Ask, *, stream: bool) -> None:
+        """See Pool.check."""
+        self.pool(served.digest).check(ask, stream=stream)
 
     async def enter(self, served: Served, ask: Ask, *, stream: bool) -> Place:
         """See Pool.enter."""

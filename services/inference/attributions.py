@@ -8,7 +8,7 @@ from itertools import pairwise
 
 __all__ = ["Curves", "by_unit", "curves", "faithfulness", "log_softmax"]
 
-SHARES = (0.25, 0.5, 0.75)  # of the units left out at the points of a deletion curve between its first and its last
+SHARES = (0.25, 0.5)  # of the units left out at the points of a deletion curve between its first and its last
 FLAT = 1e-6  # of the highest probability: an area smaller than this is no curve
 
 

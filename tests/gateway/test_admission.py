@@ -276,3 +276,34 @@ def test_F31_a_flood_does_not_starve_a_quiet_project() -> None:
         fleet.offer(now, "flood")
     fleet.advance(40.0)
     assert fleet.by_project["quiet"] >= 0.97 * offered
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_R7_a_check_refuses_exactly_what_an_offer_would_and_changes_nothing(seed: int) -> None:
+    """Most refusals are told by `check` alone, before any books are opened."""
+    chance = random.Random(seed)
+    slots = Slots(3)
+    admission = Admission(slots.start, lambda: 0.5, max_queued=12)
+    running: list[Waiting[str]] = []
+    told = Counter[bool]()
+    for now in range(120):
+        asked = ask(chance.choice("abc"), by=now + chance.choice([0.1, 2.0, 8.0, 50.0]), rank=chance.choice(list(Rank)))
+        before = (admission.queued, admission.running, slots.taken, [admission.waiting(rank) for rank in Rank])
+        try:
+            admission.check(asked, now, lambda _: slots.taken < slots.size)
+            refused = False
+        except Shed:
+            refused = True
+        assert before == (admission.queued, admission.running, slots.taken, [admission.waiting(rank) for rank in Rank])
+        try:
+            running.append(admission.offer(asked, now))
+            assert not refused
+        except Shed:
+            assert refused
+        told[refused] += 1
+        started = [waiting for waiting in running if waiting.placement is not None]
+        if started and chance.random() < 0.4:
+            running.remove(started[0])
+            slots.free()
+            admission.leave(started[0], now)
+    assert told[True] and told[False]

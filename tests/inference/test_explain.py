@@ -141,7 +141,7 @@ async def test_I4_passes_are_those_that_ran():
         again = await explained(replica, label_of("the tech world yes no hello", "tech"))
     assert first.usage.passes == scored
     assert again.usage.passes == len(host.calls) - scored == first.usage.passes - 16  # the labels' own bias is remembered
-    assert 6 + 2 < again.usage.passes <= 6 + 2 + 9  # each word, the whole, nothing, and the deletion test
+    assert 6 + 2 < again.usage.passes <= 6 + 2 + 6  # each word, the whole, nothing, and the deletion test
     read = [len(call.prefix) + sum(map(len, call.continuations)) for call in host.calls[scored:]]
     assert again.usage.input_tokens == sum(read)
     assert again.usage.output_tokens == 0
@@ -321,7 +321,7 @@ async def test_a_tuned_label_is_explained_by_its_calibrated_probability(method):
 async def test_passes_over_windows_are_each_counted():
     async with client(tuned_host(max_tokens=3)) as replica:
         reply = await explained(replica, own("the world hello yes no tech", label="x"))
-    assert reply.usage.passes > 6 + 2 + 9
+    assert reply.usage.passes > 6 + 2 + 6
 
 
 async def test_A10_a_foreign_adapter_is_not_found():

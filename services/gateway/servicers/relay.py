@@ -1,8 +1,8 @@
 """One call on its way through: reserve, admit, place, relay, settle. Every inference servicer calls it, and nothing else does these.
 
-Order of a call: the ledger reserves; admission finds a place, at once or after a wait; the replica accepts, which is when our initial
-metadata goes out and retries end; events pass unopened, all but Started and Completed; and whatever the end, `_Account.close` runs once:
-it stops the engine, learns what was used, gives the place back and settles.
+Order of a call: admission refuses what has no chance, before the books are opened; the ledger reserves; admission finds a place, at once or
+after a wait; the replica accepts, which is when our initial metadata goes out and retries end; events pass unopened, all but Started and
+Completed; and whatever the end, `_Account.close` runs once: it stops the engine, learns what was used, gives the place back and settles.
 """
 
 import asyncio
@@ -112,6 +112,10 @@ class Fleet(Protocol):
 
     def resolve(self, name: str, allowed: tuple[str, ...]) -> Served:
         """The model that answers to `name`."""
+        ...
+
+    def check(self, served: Served, ask: Ask, *, stream: bool) -> None:
+        """Raise what `enter` would raise at once."""
         ...
 
     async def enter(self, served: Served, ask: Ask, *, stream: bool) -> Place:
@@ -575,9 +579,13 @@ class Relay:
 
     @asynccontextmanager
     async def _attempt(self, plan: Plan) -> AsyncIterator[_Account]:
-        """Reserve before, settle after: the one place where an attempt begins and ends."""
+        """Reserve before, settle after: the one place where an attempt begins and ends.
+
+        What admission refuses now costs no entry in the books: under overload that is most calls, and a flood must stay cheap (R7).
+        """
         account = _Account(plan, self)
         try:
+            self.fleet.check(plan.served, self._ask(plan), stream=plan.stream)
             with self.timed("reserve"):
                 await self._reserve(account)
         except ServiceError as refused:
