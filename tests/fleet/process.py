@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 import services.fleet
 import services.inference.server
 from services.chassis.telemetry import Telemetry
-from services.inference.engine.calls import Done, Embed, Ended, FinishReason, FromEngine, Generate, Score, ToEngine, Token
+from services.inference.engine.calls import Done, Embed, Ended, FinishReason, FromEngine, Generate, Label, Score, ToEngine, Token, Weigh
 from services.inference.engine.host import ProcessHost
 
 FOLDER = Path(os.environ.get("ARGOSY_TEST_TRUTH", "."))
@@ -27,7 +27,7 @@ class Witness(ProcessHost):
     """Counts what goes in and comes out, call by call."""
 
     def _post(self, message: ToEngine) -> None:
-        if isinstance(message, Generate | Score | Embed):
+        if isinstance(message, Generate | Score | Embed | Label | Weigh):
             # What a score or an embedding comes to, shared prefixes and all, only the engine knows.
             self._counts()[message.id] = [len(message.prompt) if isinstance(message, Generate) else -1, 0]
         super()._post(message)
@@ -37,7 +37,7 @@ class Witness(ProcessHost):
             match message:
                 case Token() | Ended(reason=FinishReason.END_TOKEN):
                     self._counts()[message.id][1] += 1
-                case Done():
+                case Done() if message.id in self._counts():  # a prefetch ends so as well, and no tenant pays for it
                     self._write(message.id, message)
         super()._received(messages)
 
