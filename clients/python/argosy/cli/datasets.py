@@ -7,6 +7,7 @@ from rich.table import Table
 
 from argosy import names
 from argosy.cli import tables
+from argosy.cli.live import moment
 from argosy.cli.session import app, chosen, fleet, out, show_json
 from argosy.v1 import dataset_pb2
 
@@ -34,7 +35,7 @@ def datasets_list() -> None:
     table = Table("dataset", "format", "newest version", "created")
     for dataset in found:
         shape = dataset_pb2.DatasetFormat.Name(dataset.format).removeprefix("DATASET_FORMAT_").lower()
-        table.add_row(names.last(dataset.name), shape, names.last(dataset.latest_version), dataset.create_time.ToJsonString())
+        table.add_row(names.last(dataset.name), shape, names.last(dataset.latest_version), moment(dataset.create_time))
     out.print(table)
 
 

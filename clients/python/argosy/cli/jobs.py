@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from argosy import errors, names
 from argosy.cli import tables
-from argosy.cli.live import Story, duration, money, reason, state
+from argosy.cli.live import Story, duration, moment, money, reason, state
 from argosy.cli.session import app, chosen, err, fleet, out, show_json, show_messages
 from argosy.client import Client
 from argosy.v1 import finetune_pb2
@@ -93,12 +93,12 @@ def jobs_list(filter: Annotated[str, typer.Option("--filter", help="as: state = 
         for job in found:
             show_json(job)
         return
-    table = Table("job", "state", "model", "steps", "spent", "created")
+    table = Table(Column("job", no_wrap=True), "state", "model", "steps", "spent", "created")
     for job in found:
         said = ", ".join(part for part in (state(job.state), reason(job.state_reason)) if part)
         steps = f"{job.step:,}/{job.target_step:,}" if job.target_step else ""
         spent = money(job.spent) if job.HasField("spent") else ""
-        table.add_row(names.last(job.name), said, names.last(job.model), steps, spent, job.create_time.ToJsonString())
+        table.add_row(names.last(job.name), said, names.last(job.model), steps, spent, moment(job.create_time))
     out.print(table)
 
 
@@ -151,7 +151,7 @@ def jobs_events(job: JobArgument, after: Annotated[int, typer.Option("--after", 
             if chosen.json:
                 show_json(event)
             else:
-                out.print(f"{event.sequence:>6}  {event.time.ToJsonString()[:19]}  ", end="", style="dim")
+                out.print(f"{event.sequence:>6}  {event.time.ToJsonString()[11:19]}  ", end="", style="dim")
                 _event(event, story)
 
 
@@ -204,7 +204,7 @@ def jobs_checkpoints(job: JobArgument) -> None:
     table = Table("step", "committed", "bytes", "metrics")
     for checkpoint in found:
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in sorted(checkpoint.metrics.items()))
-        table.add_row(f"{checkpoint.step:,}", checkpoint.create_time.ToJsonString(), f"{checkpoint.total_bytes:,}", metrics)
+        table.add_row(f"{checkpoint.step:,}", moment(checkpoint.create_time), f"{checkpoint.total_bytes:,}", metrics)
     out.print(table)
 
 

@@ -50,6 +50,11 @@ def duration(seconds: float) -> str:
     return f"{int(seconds // 60)} min {int(seconds % 60):02} s" if seconds >= 60 else f"{seconds:.1f} s"
 
 
+def moment(stamp: Timestamp) -> str:
+    """`2026-11-25 03:05` in universal time, empty for none."""
+    return stamp.ToJsonString()[:16].replace("T", " ") if stamp.seconds else ""
+
+
 def curve(points: list[tuple[int, float]], width: int = _WIDTH) -> str:
     """A series as one line of bars, the mean of each stretch of it."""
     values = [value for _, value in points]

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from argosy import names
 from argosy.cli import tables
+from argosy.cli.live import moment
 from argosy.cli.session import app, chosen, fleet, out, show_json
 from argosy.errors import EvaluationNotPassed
 from argosy.v1 import model_pb2
@@ -35,7 +36,7 @@ def models_list() -> None:
         for model in found:
             show_json(model)
         return
-    table = Table("model", "base", "context", "can")
+    table = Table(Column("model", overflow="fold", min_width=24), "base", "context", "can")
     for model in found:
         able = (model_pb2.ModelCapability.Name(each).removeprefix("MODEL_CAPABILITY_").lower() for each in model.capabilities)
         table.add_row(model.name, names.last(model.base_model), f"{model.context_tokens:,}", ", ".join(able))
@@ -87,7 +88,7 @@ def models_versions(model: ModelArgument) -> None:
     for version in found:
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in sorted(version.metrics.items()) if not name.startswith("base_"))
         state = model_pb2.ModelVersion.State.Name(version.state).removeprefix("STATE_")
-        table.add_row(names.last(version.name), state, metrics, version.create_time.ToJsonString())
+        table.add_row(names.last(version.name), state, metrics, moment(version.create_time))
     out.print(table)
 
 
