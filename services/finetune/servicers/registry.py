@@ -23,7 +23,8 @@ PAGE = 200  # events of one look
 NAME = re.compile(rf"projects/({SEGMENT})/models/({SEGMENT})(?:/versions/({NUMBER})|/aliases/({SEGMENT}))?")
 VERSION = re.compile(rf"projects/({SEGMENT})/models/({SEGMENT})/versions/({NUMBER})")
 
-# A job's event `servable`, in the transaction of the first report: (connection, project uid, job uid, version, replicas, seconds).
+# A job's event `servable`, in the transaction of the first report: (connection, project uid, job uid, version, replicas, seconds of
+# loading; from READY to the report where nobody measured).
 OnServable = Callable[[AsyncConnection, str, str, str, int, float], Awaitable[None]]
 
 
@@ -108,9 +109,8 @@ class RegistryServicer:
             load_s = request.load.ToTimedelta().total_seconds() if request.HasField("load") else None
             first, row = await sql_models.report_servable(connection, row, who.key_id, request.replicas, load_s)
             if first and row["job_uid"] is not None:
-                await self._on_servable(
-                    connection, who.project_uid, row["job_uid"], request.version, request.replicas, row["servable_seconds"]
-                )
+                seconds = row["servable_seconds"] if load_s is None else load_s
+                await self._on_servable(connection, who.project_uid, row["job_uid"], request.version, request.replicas, seconds)
         return pb.ReportServableResponse(first=first)
 
 
