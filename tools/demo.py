@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from argosy import Client, GenerationStream, config
 from argosy.errors import AlreadyExists, ArgosyError
-from argosy.v1 import stream_pb2, usage_pb2
+from argosy.v1 import finetune_pb2, stream_pb2, usage_pb2
 from services.fleet import FleetSettings
 
 Reply = TypeVar("Reply")
@@ -39,6 +40,12 @@ ARTICLE = (
 PASSAGE = "The Eiffel Tower was completed in 1889 for the World's Fair and is 330 metres tall. It stands in Paris, on the Champ de Mars."
 QUESTION = "When was the Eiffel Tower completed?"
 PAIR = ("A cat sleeps on the sofa.", "A kitten naps on the couch.")
+SENTENCES = Path(__file__).parents[1] / "examples" / "data" / "sentences.tsv"
+UNSEEN = ("新一代量子芯片在低温实验室完成首次测试", "The goalkeeper saved two penalties in the final minutes")
+SCOPES = (
+    *("generate", "explain", "usage.read", "models.read", "models.write"),
+    *("datasets.read", "datasets.write", "finetune.read", "finetune.write"),
+)
 
 out = Console(highlight=False)
 
@@ -160,6 +167,38 @@ def embeddings(show: Show) -> None:
     out.print(f"{PAIR[0]}  ·  {PAIR[1]}\n  cosine {cosine:.3f} in {len(left)} dimensions")
 
 
+def tuning(show: Show) -> None:
+    """Labelled sentences in, a tuned model out: upload, checks, quote, training as it goes, and the first answers."""
+    show.title("A classifier tuned on 624 labelled sentences (CreateFineTuneJob), and asked at once")
+    client = show.client
+    job = client.tune(SENTENCES, base=client.model, method="classify", model="sentences", epochs=1, seed=7)
+    report, quote = job.data.report, job.job.quote
+    out.print(f"{report.rows:,} rows checked, {len(report.labels)} labels: {report.errors} errors, {report.warnings} warnings")
+    tokens, seconds = quote.tokens, quote.device_seconds
+    out.print(f"Quote: {tokens.low:,.0f} to {tokens.high:,.0f} tokens, {seconds.low:,.0f} to {seconds.high:,.0f} s")
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} steps"))
+    with Progress(*columns, console=out, transient=True) as bars:
+        bar = bars.add_task("training", total=None)
+
+        def seen(event: finetune_pb2.JobEvent) -> None:
+            match event.WhichOneof("event"):
+                case "progress":
+                    bars.update(bar, completed=event.progress.step, total=event.progress.target_step or None)
+                case "metric" if event.metric.name == "loss":
+                    bars.update(bar, description=f"loss {event.metric.value:.3f}")
+                case "servable":
+                    elapsed = event.servable.elapsed.ToTimedelta().total_seconds()
+                    bars.console.print(f"servable on {event.servable.replicas} replica(s) {elapsed * 1e3:,.0f} ms after success")
+
+        version = job.wait(seen=seen)
+    metrics = version.metrics
+    out.print(f"{version.name}: " + ", ".join(f"{name} {metrics[name]:.3f}" for name in sorted(metrics)))
+    for text in UNSEEN:
+        ask = partial(client.classify, text, model=version.name, top_k=3)
+        reply = show.unary("ClassifyText tuned", ask, lambda reply: reply.usage)
+        out.print(f"{text}\n  " + "   ".join(f"{score.label} {score.probability:.3f}" for score in reply.results[0].labels))
+
+
 def table(rows: list[Measured]) -> Table:
     """Latency, time to first token, speed and cost of every call."""
     shown = Table("call", title="\nMeasured at the client, through the gateway", title_justify="left")
@@ -201,7 +240,7 @@ def project_key(platform: Client) -> tuple[str, str]:
         out.print(f"Made {name}", end="")
     except AlreadyExists:
         out.print(f"Found {name}", end="")
-    issued = platform.create_key(name, ["generate", "models.read", "usage.read"], display_name="make demo", ttl_s=3_600)
+    issued = platform.create_key(name, SCOPES, display_name="make demo", ttl_s=3_600)
     out.print(f" and an API key of one hour, {issued.api_key.name}")
     return name, issued.secret
 
@@ -267,7 +306,7 @@ def main() -> int:
                 out.print(f"Model {model.name}, {model.architecture}, context {model.context_tokens:,} tokens")
                 before = used(client, project)
                 show = Show(client)
-                for part in (chat, story, labels, summary, translation, answer, embeddings):
+                for part in (chat, story, labels, summary, translation, answer, embeddings, tuning):
                     part(show)
                 out.print(table(show.rows))
                 agreed = books_agree(client, project, before, show.rows)

@@ -1,6 +1,7 @@
 """The bases that models may build on: their directories, digests and linear layers, found once and on first use."""
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from services.chassis.errors import NotStarted, ResourceNotFound
 from services.finetune import fit, tensors
 from services.pretrained import weights
 
+DEFAULT_CONTEXT = 2048  # tokens, where a config does not say
 LAYER = ".layers."  # what lies below is repeated; embeddings and the output matrix are outside
 
 
@@ -20,6 +22,8 @@ class Base:
     digest: str  # SHA-256 as replicas report it
     modules: fit.Modules
     width: int  # values of a hidden state
+    weights: int  # numbers in it
+    context: int  # tokens of prompt and output
 
 
 class Bases:
@@ -62,7 +66,19 @@ class Bases:
         directory = weights.prepare(self._sources[name], self._cache_dir)
         modules = linear_layers(directory)
         width = next((shape[1] for path, shape in modules.items() if path.endswith("q_proj")), 0)
-        return Base(directory, weights.digest(directory, self._cache_dir), modules, width)
+        config = json.loads((directory / "config.json").read_text())
+        context = (config.get("text_config") or config).get("max_position_embeddings", DEFAULT_CONTEXT)
+        return Base(directory, weights.digest(directory, self._cache_dir), modules, width, _numbers(directory), context)
+
+
+def _numbers(directory: Path) -> int:
+    """Weights of a base: bytes of its files by the size of a number, which all of a base's tensors share."""
+    total = 0
+    for file in directory.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            head = opened.read(8 + min(int.from_bytes(opened.read(8), "little"), weights.HEADER_BYTES))
+        total += file.stat().st_size // (4 if b'"F32"' in head else 2)
+    return total
 
 
 def linear_layers(directory: Path) -> dict[str, tuple[int, int]]:

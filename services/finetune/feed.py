@@ -17,9 +17,10 @@ RETRY_SECONDS = 1.0
 
 
 class Feed:
-    """Opened by `following`."""
+    """Opened by `following`. A pulse says that something changed, not what: whoever follows looks at its own rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, channel: str = CHANNEL) -> None:
+        self._channel = channel
         self._changed = asyncio.Event()
         self._sighted = False
 
@@ -50,7 +51,7 @@ class Feed:
         await store.ready.wait()
         while True:
             try:
-                await store.listen(lambda _: self.wake(), channel=CHANNEL, ready=self._sees)
+                await store.listen(lambda _: self.wake(), channel=self._channel, ready=self._sees)
             except StoreUnavailable:
                 log.warning("nothing wakes the registry's feed: the database is away")
             self._sighted = False
@@ -58,9 +59,9 @@ class Feed:
 
 
 @asynccontextmanager
-async def following(store: FineTuneStore) -> AsyncIterator[Feed]:
+async def following(store: FineTuneStore, channel: str = CHANNEL) -> AsyncIterator[Feed]:
     """A feed that is awake while the block runs."""
-    feed = Feed()
+    feed = Feed(channel)
     task = asyncio.create_task(feed.follow(store), name="registry feed")
     try:
         yield feed

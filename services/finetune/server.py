@@ -1,18 +1,22 @@
 """The only wiring of the fine-tuning service: settings and protocols in, a served address out."""
 
 import asyncio
+import hashlib
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from argosy.v1 import dataset_pb2_grpc, model_pb2_grpc
+from argosy.v1 import dataset_pb2_grpc, finetune_pb2_grpc, model_pb2_grpc
 from argosy_internal.registry.v1 import registry_pb2_grpc
+from argosy_internal.training.v1 import training_pb2_grpc
 from services.chassis import signing
 from services.chassis.errors import ScopeMissing
 from services.chassis.identity import Caller, CallerVerifier
@@ -21,23 +25,37 @@ from services.chassis.lists import PageTokens
 from services.chassis.objects import Objects, open_objects
 from services.chassis.server import Serving, serve
 from services.chassis.telemetry import Telemetry
+from services.finetune.bases import Bases
 from services.finetune.erasing import Eraser
+from services.finetune.evaluations import Evaluators
 from services.finetune.feed import following
+from services.finetune.job_erasure import JobDependants
+from services.finetune.jobs import Launcher
+from services.finetune.launchers.local import LocalLauncher
+from services.finetune.lineage import Signer
 from services.finetune.model_erasure import ModelDependants
-from services.finetune.servicers import dataset, model, registry
+from services.finetune.reconciler import Reconciler
+from services.finetune.servicers import dataset, model, registry, training
+from services.finetune.servicers import finetune as finetuning
 from services.finetune.servicers.dataset import DatasetServicer
+from services.finetune.servicers.finetune import FineTuneServicer
+from services.finetune.servicers.finetune import servable as on_servable
 from services.finetune.servicers.model import ModelServicer
 from services.finetune.servicers.registry import RegistryServicer
 from services.finetune.servicers.resources import Desk
+from services.finetune.servicers.training import TrainingServicer
 from services.finetune.settings import FineTuneSettings
-from services.finetune.store import FineTuneStore, open_store
+from services.finetune.store import CHANNEL, FineTuneStore, open_store
+from services.finetune.tokens import TokenMint
 from services.finetune.validating import Validators
+from services.pretrained import weights
 
 AUDIENCE = "argosy.finetune"  # what the gateway signs callers for
 UNARY_SECONDS = 60.0  # deadline cap of what is no stream
 STREAM_SECONDS = 3_600.0  # of uploads, reads and watches: a watch that ends resumes at its cursor
 STREAMS = ("WriteUpload", "ReadDatasetVersion", "WatchFineTuneJob", "WatchVersions", "ExportModelVersion", "ImportModelVersion")
 TRAINING = "/argosy.internal.training.v1.TrainingService/"
+TRAINER = "services.finetune.trainer"
 REGISTRY = "/argosy.internal.registry.v1.RegistryService/"
 FLEET = ("WatchVersions", "ReportServable")  # of the gateway itself, not for a tenant's call
 
@@ -77,6 +95,13 @@ def _secret(hexadecimal: str) -> bytes:
     return made
 
 
+def _directory(bases: Bases) -> Callable[[str], Coroutine[Any, Any, Path]]:
+    async def find(name: str) -> Path:
+        return (await bases.get(name)).directory
+
+    return find
+
+
 @asynccontextmanager
 async def _working(work: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
     """Run `work` beside the server until left."""
@@ -94,6 +119,7 @@ async def finetune(
     *,
     store: FineTuneStore | None = None,
     objects: Objects | None = None,
+    launcher: Launcher | None = None,
     verifier: CallerVerifier | None = None,
     telemetry: Telemetry | None = None,
     signals: bool = False,
@@ -113,22 +139,39 @@ async def finetune(
         behind = verified(verifier or CallerVerifier(signing.public_keys(settings.caller_public_keys), AUDIENCE))
         key = signing.private_key(settings.manifest_key) if settings.manifest_key else Ed25519PrivateKey.generate()
         desk = Desk(store, PageTokens(_secret(settings.page_token_key)))
-        validators = Validators(store, objects, settings.datasets)
+        bases = Bases(settings.bases, settings.cache_dir)
+        signer = Signer(key, settings.manifest_kid)
+        mint = TokenMint(hashlib.sha256(b"attempt tokens " + _secret(settings.page_token_key)).digest())
+        wake: list[Callable[[], None]] = []  # the reconciler, which needs the address that the server gets
+        device = "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+
+        def changed() -> None:
+            for each in wake:
+                each()
+
+        validators = Validators(store, objects, settings.datasets, bases)
         eraser = Eraser(store, objects, settings.datasets, key, settings.manifest_kid)
         datasets = DatasetServicer(
-            desk, objects, settings.datasets, dependants=(ModelDependants(),), changed=(validators.wake, eraser.wake)
+            desk, objects, settings.datasets, dependants=(JobDependants(), ModelDependants()), changed=(validators.wake, eraser.wake)
         )
-        models = ModelServicer(desk, [f"models/{entry.partition('=')[0]}" for entry in settings.bases], erase=eraser.wake)
+        evaluators = Evaluators(store, settings.store_url, bases, signer)
+        models = ModelServicer(desk, objects, bases, signer, JobDependants(), eraser.wake, evaluators.wake)
         feed = await stack.enter_async_context(following(store))
+        job_feed = await stack.enter_async_context(following(store, CHANNEL))
+        tuning = FineTuneServicer(desk, objects, job_feed, settings.quotas, bases, changed, eraser.wake, device)
+        attempts = TrainingServicer(store, objects, settings.jobs, mint, signer, bases, changed, device)
+        registered = RegistryServicer(store, feed, on_servable)
         services: list[tuple[str, Callable[[Any], object]]] = [  # full name, and how it is added to the server
             (dataset.SERVICE, _adding(dataset_pb2_grpc.add_DatasetServiceServicer_to_server, datasets)),
             (model.SERVICE, _adding(model_pb2_grpc.add_ModelServiceServicer_to_server, models)),
-            (registry.SERVICE, _adding(registry_pb2_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(store, feed))),
+            (registry.SERVICE, _adding(registry_pb2_grpc.add_RegistryServiceServicer_to_server, registered)),
+            (finetuning.SERVICE, _adding(finetune_pb2_grpc.add_FineTuneServiceServicer_to_server, tuning)),
+            (training.SERVICE, _adding(training_pb2_grpc.add_TrainingServiceServicer_to_server, attempts)),
         ]
-        for work in (validators.run, eraser.run):
+        for work in (validators.run, eraser.run, evaluators.run):
             await stack.enter_async_context(_working(work))
         policy = Policy(
-            authenticate=behind,
+            authenticate=lambda incoming, context: (training.bearer if incoming.method.startswith(TRAINING) else behind)(incoming, context),
             permit=permit,
             deadline_cap_s=lambda method: STREAM_SECONDS if method.rsplit("/", 1)[-1] in STREAMS else UNARY_SECONDS,
         )
@@ -142,6 +185,20 @@ async def finetune(
                 signals=signals,
             )
         )
+        if launcher is None:
+            jobs = settings.jobs
+            launcher = local = LocalLauncher(
+                jobs.runs_dir or weights.cache_directory(settings.cache_dir) / "runs",
+                jobs.training_address or serving.address,
+                settings.store_url,
+                _directory(bases),
+                command=(str(jobs.training_python or sys.executable), "-m", TRAINER),
+                memory_bytes=jobs.training_memory_bytes,
+            )
+            stack.callback(local.close)
+        reconciler = Reconciler(store, launcher, mint, settings.jobs, settings.quotas)
+        wake.append(reconciler.wake)
+        await stack.enter_async_context(_working(reconciler.run))
         await serving.ready()
         yield Running(serving.address, serving, store, objects)
         await serving.drain(announce_s=0, grace_s=settings.listener.grace_seconds if signals else 0)

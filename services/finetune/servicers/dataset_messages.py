@@ -48,7 +48,8 @@ def layout_from(asked: pb.Dataset, known: Format | None = None) -> Layout:
     return layout
 
 
-def _layout(layout: Layout) -> pb.RowLayout:
+def row_layout(layout: Layout) -> pb.RowLayout:
+    """A layout as its message."""
     csv = layout.encoding == "csv"
     return pb.RowLayout(
         encoding=pb.DATASET_ENCODING_CSV if csv else pb.DATASET_ENCODING_JSONL,
@@ -72,7 +73,7 @@ def dataset(row: Record, project: str, latest: int | None = None) -> pb.Dataset:
         create_time=timestamp(row["create_time"]),
         update_time=timestamp(row["update_time"]),
         format=_FORMAT_OF[layout.format],
-        layout=_layout(layout),
+        layout=row_layout(layout),
         latest_version="" if latest is None else f"{name}/versions/{latest}",
     )
     if row["retention_seconds"] is not None:
@@ -133,7 +134,7 @@ def version(row: Record, above: str, names: Mapping[str, str]) -> pb.DatasetVers
         total_bytes=row["total_bytes"],
         validated_bytes=min(row["validated_bytes"], row["total_bytes"]),
         format=_FORMAT_OF[layout.format],
-        layout=_layout(layout),
+        layout=row_layout(layout),
         report=_report(row["report"]) if row["report"] else None,
         source_version=names.get(row["source_uid"], ""),
         derived_version=names.get(row["derived_uid"], ""),
