@@ -291,7 +291,7 @@ class FusedBackend:
             out=out.data_ptr(),
             **{name: getattr(batch, name).data_ptr() for name in ("tokens", "slots", "select", "positions", "rows", "lengths", "tables")},
         )
-        if batch.adapters is not None:
+        if batch.adapters is not None and self.installed:
             step.adapters, step.adapter, step.adapter_slots = batch.adapters.data_ptr(), self.adapters, self.slots
             step.adapter_rank = max(each.rank for each in self.installed.values())
         for i, (cosine, sine) in enumerate(zip(self.cosines, self.sines, strict=True)):

@@ -15,6 +15,7 @@ from services.inference.engine.build import build
 from services.inference.engine.fused import VNNI, FusedBackend, Unsupported
 from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import BLOCK_SIZE
+from tests.inference.engine import tuned
 
 needs_vnni = pytest.mark.skipif(VNNI not in kernels.cpu_flags(), reason="int8 layers need AVX512-VNNI")
 if kernels.NEEDED - kernels.cpu_flags():
@@ -91,7 +92,7 @@ def tiny(name: str, directory: Path, **changes: Any) -> tuple[Path, Any]:
 
 
 def load(directory: Path, cache: str, dtype: str = "float32", threads: int = 2, int8: bool = False) -> FusedBackend:
-    settings = EngineSettings(cache_dir=cache, dtype=dtype, threads=threads, kv_tokens=1024, int8=int8)  # type: ignore[arg-type]
+    settings = EngineSettings(cache_dir=cache, dtype=dtype, threads=threads, kv_tokens=1024, int8=int8, adapter_slots=3)  # type: ignore[arg-type]
     return FusedBackend.load(directory, settings)
 
 
@@ -191,6 +192,95 @@ def test_bits_do_not_depend_on_batch_chunks_or_threads(family: tuple[Path, Any],
     assert torch.equal(backend.logits(torch.cat(pieces)), torch.cat([alone.logits(row[None]) for row in wanted]))
 
 
+ADAPTERS: list[dict[str, Any]] = [
+    {},
+    {"targets": ("k_proj", "up_proj"), "rank": 20, "rslora": True},
+    {"targets": ("q_proj", "o_proj", "gate_proj"), "dora": True},
+]
+
+
+def adapted(backend: FusedBackend, model: Any) -> list[Any]:
+    """PEFT's models of what is put into slots 1, 2 and 3."""
+    found = [tuned.peft(model, seed, **form) for seed, form in enumerate(ADAPTERS, 1)]
+    for slot, each in enumerate(found, 1):
+        backend.install(slot, backend.prepare(tuned.weights(each)))
+    return found
+
+
+def mixed(slots: Sequence[int]) -> Batch:
+    """The prompt once for each slot; 0 is the base alone."""
+    own = batch([(PROMPT, 0, [4 * n, 4 * n + 1, 4 * n + 2]) for n in range(len(slots))])
+    own.adapters = torch.tensor(slots, dtype=torch.int32).repeat_interleave(len(PROMPT))
+    return own
+
+
+def test_float32_logits_of_mixed_adapters_are_pefts(family: tuple[Path, Any], cache: str) -> None:
+    directory, model = family
+    backend = load(directory, cache)
+    references = [model, *adapted(backend, model)]
+    found = backend.logits(backend.forward(mixed([2, 0, 1, 3, 1]))).split(len(PROMPT))
+    with torch.inference_mode():
+        for slot, logits in zip([2, 0, 1, 3, 1], found, strict=True):
+            torch.testing.assert_close(logits, references[slot](torch.tensor([PROMPT])).logits[0], rtol=1e-3, atol=2e-3)
+
+
+def test_bfloat16_adapters_stay_near_float32(gemma: Path, cache: str) -> None:
+    """As near as the base's own: KL in nats, mean over the prompt."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(gemma, dtype=torch.float32).eval()
+    backend = load(gemma, cache, "bfloat16")
+    references = [model, *adapted(backend, model)]
+    found = backend.logits(backend.forward(mixed([0, 1, 2, 3]))).split(len(PROMPT))
+    apart = []
+    with torch.inference_mode():
+        for reference, logits in zip(references, found, strict=True):
+            wanted = torch.log_softmax(reference(torch.tensor([PROMPT])).logits[0], -1)
+            apart.append(float((wanted.exp() * (wanted - torch.log_softmax(logits, -1))).sum(-1).mean()))
+    assert max(apart[1:]) < 4 * apart[0] + 1e-4
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", pytest.param("int8", marks=needs_vnni)])
+def test_T10_bits_of_an_adapter_do_not_depend_on_company_and_the_bases_on_no_adapter(
+    family: tuple[Path, Any], cache: str, form: str
+) -> None:
+    directory, model = family
+    dtype, int8 = ("bfloat16", True) if form == "int8" else (form, False)
+    alone = load(directory, cache, dtype, threads=1, int8=int8)
+    base = alone.forward(mixed([0]))
+    adapted(alone, model)
+    wanted = [base, *(alone.forward(mixed([slot])) for slot in (1, 2, 3))]
+    assert torch.equal(alone.forward(batch([(PROMPT, 0, [0, 1, 2])])), base)
+    assert not torch.equal(wanted[1], base)
+    backend = load(directory, cache, dtype, threads=2, int8=int8)
+    adapted(backend, model)
+    for slots in ([0, 1, 2, 3], [3, 3, 0, 1, 2, 1], [2, 0]):
+        found = backend.forward(mixed(slots)).split(len(PROMPT))
+        assert all(torch.equal(states, wanted[slot]) for slot, states in zip(slots, found, strict=True))
+    single = [([token], place, [30, 31, 32]) for place, token in enumerate(PROMPT)]
+    pieces = []
+    for row in single:  # token by token, beside others
+        own = batch([(PROMPT[:5], 0, [40]), row, (PROMPT[:7], 0, [44])])
+        own.adapters = torch.tensor([2] * 5 + [1] + [0] * 7, dtype=torch.int32)
+        pieces.append(backend.forward(own)[5:6])
+    assert torch.equal(torch.cat(pieces), wanted[1])
+
+
+def test_A20_an_adapter_of_nan_hurts_no_neighbour(gemma: Path, cache: str) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(gemma, dtype=torch.float32).eval()
+    backend = load(gemma, cache)
+    adapted(backend, model)
+    wanted = backend.forward(mixed([1]))
+    broken = tuned.peft(model, 7)
+    for parameter in broken.parameters():
+        parameter.data.fill_(torch.nan)
+    backend.install(2, backend.prepare(tuned.weights(broken)))
+    found = backend.forward(mixed([2, 1])).split(len(PROMPT))
+    assert found[0].isnan().all() and torch.equal(found[1], wanted)
+
+
 @pytest.mark.parametrize("count", [1, 5, 64])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_candidates_are_the_largest_exact_logits(gemma: Path, cache: str, dtype: str, count: int) -> None:
@@ -256,11 +346,19 @@ def test_every_compiler_gives_the_same_bits(gemma: Path, cache: str, tmp_path: P
     pytest.importorskip("ziglang")
     import sys
 
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(gemma, dtype=torch.float32).eval()
+
+    def states(int8: bool, cache: str) -> torch.Tensor:
+        backend = load(gemma, cache, "bfloat16", int8=int8)
+        adapted(backend, model)
+        return backend.forward(mixed([0, 1, 2, 3]))
+
     forms = (False, True) if VNNI in kernels.cpu_flags() else (False,)
-    hidden = [load(gemma, cache, "bfloat16", int8=int8).forward(batch([(PROMPT, 0, [4, 1, 8])])) for int8 in forms]
+    wanted = [states(int8, cache) for int8 in forms]
     monkeypatch.setenv("ARGOSY_CC", f"{sys.executable} -m ziglang cc")
-    for int8, wanted in zip(forms, hidden, strict=True):
-        assert torch.equal(load(gemma, str(tmp_path), "bfloat16", int8=int8).forward(batch([(PROMPT, 0, [4, 1, 8])])), wanted)
+    assert all(torch.equal(states(int8, str(tmp_path)), each) for int8, each in zip(forms, wanted, strict=True))
 
 
 def test_a_broken_compiler_is_unsupported_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ typedef struct {
 static void arrange(Adapting *a) {
     int32_t n = 0;
     for (int32_t slot = 1; slot <= a->step->adapter_slots; slot++) {
+        if (!a->step->adapter[slot].layer) continue;
         int32_t first = n;
         for (int32_t t = 0; t < a->step->count; t++)
             if (a->step->adapters[t] == slot) a->order[n++] = t;

@@ -136,6 +136,7 @@ static INLINE void NAME(adapt)(const NAME(Product) *p, long row, long group, flo
     const int32_t slot = a->step->adapters[row];
     if (!slot) return;
     const Adapter *adapter = a->step->adapter + slot;
+    if (!adapter->layer) return; /* an empty slot */
     const LowRank *added = adapter->layer[a->layer] + a->which;
     if (!added->down) return;
     const long words = WORDS(adapter->rank);
