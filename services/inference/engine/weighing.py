@@ -1,4 +1,4 @@
-"""Weighs tokens beside the step loop: a thread of the lowest priority, one call at a time, that tells the engine's inbox (pure)."""
+"""Weighs tokens beside the step loop: a thread of low priority, one call at a time, that tells the engine's inbox (pure)."""
 
 import logging
 import os
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from services.inference.engine.calls import Weigh, Weighed
 from services.inference.engine.inbox import Inbox
 
-LOWEST = 19  # niceness
+# A quarter of the step loop's share where both want the same core. Not the lowest: this thread holds the interpreter lock at times, and
+# would keep it from the loop while others' processes keep it from the processor.
+NICENESS = 5
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class Weigher:
 
     def _run(self) -> None:
         if sys.platform == "linux":  # threads that this one's sums are spread over inherit it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while True:
             asked = self._asked.get()
             self._inbox.put((self._answer(asked),))
