@@ -16,8 +16,9 @@ from safetensors.torch import save
 
 from services.chassis.objects import ObjectsUnavailable, SyncObjects
 from services.finetune.trainer import checkpoints, measures
-from services.finetune.trainer.control import Action, Claim, Control, Failure, Fenced, Outcome, Part, Unanswered, Warned
+from services.finetune.trainer.control import Action, Claim, Control, Failure, Fenced, Outcome, Part, Refused, Unanswered, Warned
 from services.finetune.trainer.model import Base, BaseUnsupported, load
+from services.finetune.trainer.privacy import GuardTripped, PrivateTrainer, canary
 from services.finetune.trainer.rendering import Renderer
 from services.finetune.trainer.reporting import INTERVAL_S, Reporter
 from services.finetune.trainer.rows import Prepared, Unusable, prepare
@@ -32,6 +33,7 @@ __all__ = ["DONE", "INPUT", "LOST", "TERMINATED", "Attempt", "code_version"]
 
 log = logging.getLogger(__name__)
 
+_CANARIES = 16  # training examples by which stored private weights are told from spoilt ones
 DONE, INPUT, LOST, TERMINATED = 0, 65, 75, 143  # exit codes; they choose the retry, success is the control plane's word
 
 
@@ -75,6 +77,10 @@ class Attempt:
             return self._failed(unusable.failure)
         except BaseUnsupported:
             return self._failed(Failure("INTERNAL", "base.unsupported"))
+        except GuardTripped as tripped:
+            return self._failed(Failure("PRIVACY_GUARD", tripped.rule))
+        except Refused:
+            return self._failed(Failure("PRIVACY_GUARD", "privacy.ledger"))
         except FloatingPointError:
             return self._failed(Failure("DIVERGED"))
         except (torch.OutOfMemoryError, MemoryError):
@@ -104,7 +110,10 @@ class Attempt:
         reporter.warn(*prepared.warnings)
         self._boundary(reporter)
         trainer, before = self._trainer(claim, base, prepared, reporter)
-        reporter.phase("training", step=trainer.done, target_step=trainer.target)
+        if claim.target_step:  # an earlier attempt may have ended it early
+            trainer.target = min(trainer.target, claim.target_step)
+        lowered = trainer.target < claim.target_step
+        reporter.phase("training", step=trainer.done, target_step=trainer.target, early_stopped=lowered)
         reporter.flush()
         writer = checkpoints.Writer(lambda saved: self._commit(claim, saved, reporter))
         began_training = time.perf_counter() - began
@@ -140,7 +149,7 @@ class Attempt:
     def _trainer(self, claim: Claim, base: Base, prepared: Prepared, reporter: Reporter) -> tuple[Trainer, float]:
         """A trainer at the newest checkpoint that is whole, or at the start; and the seconds trained before."""
         try:
-            trainer = Trainer(replace(claim.spec, labels=prepared.labels), base, prepared.train, prepared.validation)
+            trainer = self._fresh(claim, base, prepared, reporter)
         except ValueError:
             raise Unusable(Failure("DATA_INVALID", "spec.targets")) from None
         for point in claim.resume:
@@ -151,8 +160,19 @@ class Attempt:
                 reporter.warn(Warned("checkpoint.damaged", count=point.step))
                 continue
             self.committed, self.previous = point.step, point.manifest_digest
+            if isinstance(trainer, PrivateTrainer):
+                trainer.resumed()
             return trainer, before
+        if isinstance(trainer, PrivateTrainer):
+            trainer.resumed()
         return trainer, 0.0
+
+    def _fresh(self, claim: Claim, base: Base, prepared: Prepared, reporter: Reporter) -> Trainer:
+        spec = replace(claim.spec, labels=prepared.labels)
+        if spec.privacy is None:
+            return Trainer(spec, base, prepared.train, prepared.validation)
+        charged = 0.0 if claim.epsilon_left is None else max(0.0, spec.privacy.epsilon - claim.epsilon_left)
+        return PrivateTrainer(spec, base, prepared.train, prepared.validation, charge=reporter.charge, charged=charged)
 
     def _boundary(
         self,
@@ -226,6 +246,10 @@ class Attempt:
         files = {"adapter.safetensors": save({name: value for name, value in trained.items() if not name.startswith("head.")})}
         if trainer.head is not None:
             files["head.safetensors"] = save({name[5:]: value for name, value in trained.items() if name.startswith("head.")})
+        if isinstance(trainer, PrivateTrainer):
+            again = load(self.directory, self.device)
+            stored = Trainer(replace(trainer.spec, privacy=None), again, prepared.train)
+            canary(trainer, stored, checkpoints.read_result(files), prepared.train[:_CANARIES])
         parts: tuple[Part, ...] = checkpoints.store(self.objects, f"{claim.prefix}result/", files)
         return Outcome(
             base_digest=base_digest,
@@ -240,6 +264,8 @@ class Attempt:
             seconds=0.0,
             step=trainer.done,
             precision=trainer.precision,
+            epsilon=trainer.epsilon if isinstance(trainer, PrivateTrainer) else None,
+            accountant="prv" if isinstance(trainer, PrivateTrainer) else "",
         )
 
     @staticmethod

@@ -18,7 +18,7 @@ from services.chassis.objects import ObjectMissing, SyncObjects
 from services.finetune.trainer.control import Part, ResumePoint
 from services.finetune.trainer.train import Best, Trainer
 
-__all__ = ["Damaged", "Saved", "Writer", "capture", "manifest", "read", "restore", "store"]
+__all__ = ["Damaged", "Saved", "Writer", "capture", "manifest", "read", "read_result", "restore", "store"]
 
 log = logging.getLogger(__name__)
 _HEAD = "head."
@@ -160,6 +160,12 @@ def read(objects: SyncObjects, point: ResumePoint, spec_digest: str) -> Saved:
         raise Damaged("a part of it is gone") from error
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise Damaged(f"it does not parse ({type(error).__name__})") from error
+
+
+def read_result(files: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
+    """The tensors of a result's files, named as `Trainer.put` takes them."""
+    head = load(files["head.safetensors"]) if "head.safetensors" in files else {}
+    return load(files["adapter.safetensors"]) | {f"{_HEAD}{name}": tensor for name, tensor in head.items()}
 
 
 class Writer:

@@ -8,7 +8,21 @@ from typing import Protocol
 from services.finetune.rows import Layout
 from services.finetune.trainer.spec import Spec
 
-__all__ = ["Action", "Claim", "Control", "Failure", "Fenced", "Grant", "Outcome", "Part", "Report", "ResumePoint", "Unanswered", "Warned"]
+__all__ = [
+    "Action",
+    "Claim",
+    "Control",
+    "Failure",
+    "Fenced",
+    "Grant",
+    "Outcome",
+    "Part",
+    "Refused",
+    "Report",
+    "ResumePoint",
+    "Unanswered",
+    "Warned",
+]
 
 
 class Fenced(Exception):
@@ -17,6 +31,10 @@ class Fenced(Exception):
 
 class Unanswered(Exception):
     """The control plane did not answer for as long as this process waits."""
+
+
+class Refused(Exception):
+    """The control plane does not permit what was asked for, such as more of a privacy budget."""
 
 
 class Action(enum.Enum):

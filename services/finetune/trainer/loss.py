@@ -15,7 +15,9 @@ class _Loss(torch.autograd.Function):
     """Gradients are made in the forward pass, while the logits of a piece are at hand; backward only scales them."""
 
     @staticmethod
-    def forward(context: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    def forward(
+        context: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None, weights: torch.Tensor | None
+    ) -> torch.Tensor:
         grad_hidden = torch.empty_like(hidden) if context.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if context.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -29,13 +31,17 @@ class _Loss(torch.autograd.Function):
             top = logits.amax(1, keepdim=True)
             logits.sub_(top).exp_()
             mass = logits.sum(1, keepdim=True)
-            total += (mass.log() + top - chosen).sum(dtype=torch.float64)
+            losses = mass.log() + top - chosen
+            weighed = None if weights is None else weights[at : at + _ROWS, None].to(losses.dtype)
+            total += (losses if weighed is None else losses * weighed).sum(dtype=torch.float64)
             if grad_hidden is None and grad_weight is None:
                 continue
             logits.div_(mass)
             logits.scatter_add_(1, wanted, torch.full_like(chosen, -1.0))
             if capped is not None:
                 logits.mul_(1.0 - capped)
+            if weighed is not None:
+                logits.mul_(weighed)
             narrow = logits.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[at : at + _ROWS] = linear(narrow, weight.T)
@@ -49,13 +55,21 @@ class _Loss(torch.autograd.Function):
         (grad,) = grads
         hidden, weight = context.grads
         context.grads = None, None
-        return None if hidden is None else hidden.mul_(grad), None if weight is None else weight.mul_(grad), None, None
+        return None if hidden is None else hidden.mul_(grad), None if weight is None else weight.mul_(grad), None, None, None
 
 
-def supervised_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
-    """Sum over rows of the negative log-likelihood, in nats: hidden [n, width], output matrix [vocabulary, width], targets [n].
+def supervised_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float | None = None,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum over rows of the negative log-likelihood, in nats, each times its weight.
+
+    hidden [n, width], output matrix [vocabulary, width], targets [n], weights [n] or None for 1 each.
 
     A bfloat16 matrix rounds the logits, too, which training averages out; what is reported as quality is measured in float32.
     """
-    loss: torch.Tensor = _Loss.apply(hidden, weight, targets, softcap)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _Loss.apply(hidden, weight, targets, softcap, weights)  # type: ignore[no-untyped-call]
     return loss

@@ -39,7 +39,8 @@ def prepare(objects: SyncObjects, claim: Claim, renderer: Renderer) -> Prepared:
     spec = claim.spec
     rows = granted(objects, claim.train)
     held = granted(objects, claim.validation) if claim.validation is not None else []
-    if claim.validation is None and spec.validation_fraction > 0:
+    # A private run measures on no row that it promises to protect.
+    if claim.validation is None and spec.validation_fraction > 0 and spec.privacy is None:
         learnt, measured = split([row.digest for row in rows], [row.label for row in rows], spec.validation_fraction, spec.seed)
         rows, held = [rows[at] for at in learnt], [rows[at] for at in measured]
     labels = tuple(sorted({row.label for row in rows})) if spec.method is Method.CLASSIFY else ()

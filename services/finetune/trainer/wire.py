@@ -21,7 +21,7 @@ from argosy_internal.training.v1 import training_pb2, training_pb2_grpc
 from services.chassis.channel import ENGINE, PlaintextRefused, is_local
 from services.finetune.rows import Layout
 from services.finetune.trainer.attempt import code_version
-from services.finetune.trainer.control import Action, Claim, Failure, Fenced, Grant, Outcome, Report, ResumePoint, Unanswered
+from services.finetune.trainer.control import Action, Claim, Failure, Fenced, Grant, Outcome, Refused, Report, ResumePoint, Unanswered
 from services.finetune.trainer.spec import CHECKPOINT_INTERVAL_STEPS, SEQ_LEN, EarlyStopping, Hyperparameters, Lora, Method, Privacy, Spec
 
 __all__ = ["WireControl", "spec_from_proto"]
@@ -189,7 +189,7 @@ class WireControl:
         self._call(self._stub.CompleteRun, request)
 
     def _call(self, method: Callable[..., R], request: Message) -> R:
-        """Repeat until answered. Raises Fenced where the run is another's, Unanswered when patience ends, and RpcError else."""
+        """Repeat until answered. Raises Fenced where the run is another's, Refused, Unanswered when patience ends, and RpcError else."""
         began, pause_s = time.monotonic(), 0.1
         while True:
             try:
@@ -198,7 +198,10 @@ class WireControl:
                 code = error.code()
                 if code in _LOST or (code is grpc.StatusCode.ABORTED and _reason(error) == "WORKER_FENCED"):
                     raise Fenced from error
+                if _reason(error) == "PRIVACY_BUDGET_EXCEEDED":
+                    raise Refused from error
                 if code not in _AGAIN:
+                    log.error("refused", extra={"code": code.name, "reason": _reason(error), "method": type(request).__name__})
                     raise
                 if time.monotonic() - began > self._patience_s:
                     raise Unanswered from error
