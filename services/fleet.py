@@ -115,6 +115,8 @@ async def fleet(
                     store_url=objects,
                     bases=(_base(engine),) if training.bases == FineTuneSettings.bases else training.bases,
                     cache_dir=engine.cache_dir,
+                    # A folder of its own: two fleets on one machine would sweep each other's attempts as orphans.
+                    jobs=replace(training.jobs, runs_dir=training.jobs.runs_dir or settings.home / "runs"),
                     manifest_key=training.manifest_key or secrets.manifest_key,
                     page_token_key=gateway.page_token_key or secrets.page_token_key,
                 ),
