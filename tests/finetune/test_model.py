@@ -23,6 +23,7 @@ from services.chassis.errors import (
 )
 from services.chassis.lists import PageTokens
 from services.finetune import lineage, sql_evaluations, sql_models
+from services.finetune.bases import Bases
 from services.finetune.model_erasure import ModelDependants
 from services.finetune.servicers.model import ModelServicer
 from services.finetune.servicers.resources import Desk
@@ -52,7 +53,9 @@ class Service:
         self.house = house
         self.caller = house.caller
         self.erasures = 0
-        self.servicer = ModelServicer(Desk(house.store, PageTokens(b"t" * 32)), [BASE], jobs, self._erase)
+        self.servicer = ModelServicer(
+            Desk(house.store, PageTokens(b"t" * 32)), house.objects, Bases(["tiny=nowhere"]), SIGNER, jobs, self._erase
+        )
 
     def _erase(self) -> None:
         self.erasures += 1

@@ -1,22 +1,27 @@
 """ModelService: a project's own models and what belongs to them."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from argosy.v1 import deletion_pb2, model_pb2_grpc
+from argosy.v1 import deletion_pb2
 from argosy.v1 import model_pb2 as pb
 from services.chassis import bounds, lists
 from services.chassis.errors import HasDependants, ResourceExists, ResourceNotFound
+from services.chassis.objects import Objects
 from services.finetune import dataset_store, model_erasure, sql_models
+from services.finetune.bases import Bases
 from services.finetune.datasets import Erased
+from services.finetune.lineage import Signer
 from services.finetune.model_erasure import ModelJobs, NoJobs
 from services.finetune.queries import Record, after_of
 from services.finetune.servicers import model_shown as shown
 from services.finetune.servicers.dataset_messages import deletion
 from services.finetune.servicers.model_aliases import MODEL_NAME, VERSION_NAME, AliasMethods, found_model
+from services.finetune.servicers.model_checkpoints import CheckpointMethods
+from services.finetune.servicers.model_evaluations import EvaluationMethods
 from services.finetune.servicers.resources import SEGMENT, Desk, caller, own, paths
 
 SERVICE = "argosy.v1.ModelService"
@@ -27,13 +32,25 @@ VERSION_ORDERS = frozenset({"create_time", "update_time"})
 VERSION_STATES = frozenset({"CHECKING", "READY", "REJECTED"})
 
 
-class ModelServicer(AliasMethods, model_pb2_grpc.ModelServiceServicer):
+class ModelServicer(AliasMethods, CheckpointMethods, EvaluationMethods):
     """argosy.v1.ModelService, less the shared bases, which the gateway lists."""
 
-    def __init__(self, desk: Desk, bases: Collection[str], jobs: ModelJobs | None = None, erase: Callable[[], None] = lambda: None) -> None:
-        """`bases`: names `models/{m}` that a model may build on; `erase` is called when there is something to erase."""
+    def __init__(
+        self,
+        desk: Desk,
+        objects: Objects,
+        bases: Bases,
+        signer: Signer,
+        jobs: ModelJobs | None = None,
+        erase: Callable[[], None] = lambda: None,
+        evaluate: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`erase` is called when there is something to erase, `evaluate` when there is something to measure."""
         self.desk = desk
-        self._bases = frozenset(bases)
+        self.objects = objects
+        self.bases = bases
+        self.signer = signer
+        self.evaluate = evaluate
         self._jobs = jobs or NoJobs()
         self._erase = erase
 
@@ -42,7 +59,7 @@ class ModelServicer(AliasMethods, model_pb2_grpc.ModelServiceServicer):
         bounds.check(request)
         own(request.parent, PROJECT_NAME, "parent")
         asked = request.model
-        if asked.base_model not in self._bases:
+        if asked.base_model not in self.bases.names:
             raise ResourceNotFound("model.base_model")
         who = caller()
 
