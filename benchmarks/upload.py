@@ -107,7 +107,7 @@ async def upload(tenant: Tenant, channel: grpc.aio.Channel, dataset: str, data: 
 async def serve(database: str, folder: str, validate: bool) -> None:
     """The service's process."""
     settings = DatasetSettings(row_tokens=0)
-    async with datasets_served(database, folder, settings, validate=validate) as served:
+    async with datasets_served(database, folder, settings, validate=validate, processes=True) as served:
         print(served.address, flush=True)
         await asyncio.Event().wait()
 

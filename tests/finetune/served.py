@@ -26,7 +26,7 @@ from services.finetune.servicers.dataset import SERVICE, DatasetServicer
 from services.finetune.servicers.resources import Desk
 from services.finetune.settings import DatasetSettings
 from services.finetune.store import FineTuneStore, open_store
-from services.finetune.validating import Validators
+from services.finetune.validating import ThreadHost, Validators
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))  # the same in every process of a benchmark
 AUDIENCE = "argosy.finetune"
@@ -121,13 +121,13 @@ class Served:
 
 @asynccontextmanager
 async def datasets_served(
-    database_url: str, folder: Any, settings: DatasetSettings = DEFAULTS, *, validate: bool = True, **values: Any
+    database_url: str, folder: Any, settings: DatasetSettings = DEFAULTS, *, validate: bool = True, processes: bool = False, **values: Any
 ) -> AsyncIterator[Served]:
-    """Serve, with validators if wanted."""
+    """Serve, with validators if wanted: in threads, which start at once, or in processes of their own."""
     url = f"file://{folder}"
     objects = open_objects(url)
     async with open_store(database_url, wait=True) as store:
-        validators = Validators(store, objects, settings)
+        validators = Validators(store, objects, settings, host=None if processes else ThreadHost(objects))
         eraser = Eraser(store, objects, settings, KEY, "test")
         servicer = DatasetServicer(
             Desk(store, PageTokens(os.urandom(32))), objects, settings, changed=(validators.wake, eraser.wake), **values

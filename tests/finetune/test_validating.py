@@ -21,7 +21,7 @@ from tests.finetune.test_dataset import ROWS
 
 @pytest.fixture
 async def served(finetune_url: str, tmp_path: Path) -> AsyncIterator[Served]:
-    async with datasets_served(finetune_url, tmp_path / "objects", validate=False) as found:
+    async with datasets_served(finetune_url, tmp_path / "objects", validate=False, processes=True) as found:
         yield found
 
 
@@ -192,7 +192,7 @@ async def test_a_killed_child_is_a_dead_validator_and_leaves_no_process(served: 
 
 async def test_a_validator_that_wants_too_much_memory_dies_alone(finetune_url: str, tmp_path: Path) -> None:
     settings = DatasetSettings(validator_memory_bytes=24 << 20)
-    async with datasets_served(finetune_url, tmp_path / "objects", settings, validate=False) as served:
+    async with datasets_served(finetune_url, tmp_path / "objects", settings, validate=False, processes=True) as served:
         tenant = served.tenant()
         version = await tenant.upload((await tenant.dataset()).name, ROWS * 400)
         async with served.store.transaction() as connection:
