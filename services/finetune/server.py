@@ -95,6 +95,11 @@ def _secret(hexadecimal: str) -> bytes:
     return made
 
 
+def _own_name(settings: FineTuneSettings) -> str:
+    """Of this control plane's attempts on this machine: what another database does not know is not an orphan of ours."""
+    return hashlib.sha256(f"{settings.database_url} {settings.store_url}".encode()).hexdigest()[:16]
+
+
 def _directory(bases: Bases) -> Callable[[str], Coroutine[Any, Any, Path]]:
     async def find(name: str) -> Path:
         return (await bases.get(name)).directory
@@ -188,7 +193,7 @@ async def finetune(
         if launcher is None:
             jobs = settings.jobs
             launcher = local = LocalLauncher(
-                jobs.runs_dir or weights.cache_directory(settings.cache_dir) / "runs",
+                jobs.runs_dir or weights.cache_directory(settings.cache_dir) / "runs" / _own_name(settings),
                 jobs.training_address or serving.address,
                 settings.store_url,
                 _directory(bases),
