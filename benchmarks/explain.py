@@ -108,7 +108,7 @@ async def judged(
         known.update(zip(fresh, await spending.each([partial(score, one) for one in fresh]), strict=True))
         return [known[one] for one in sets]
 
-    await learn([frozenset()])
+    await subject.candidates()
     whole, nothing, *single = await learn([frozenset(), frozenset(range(count)), *(frozenset({place}) for place in range(count))])
     chance = random.Random(5)
     shuffled = [chance.sample(range(count), count) for _ in range(MANY)]
@@ -192,6 +192,7 @@ async def costs(bench: Bench, kinds: dict[str, list[explanation_pb2.ExplainReque
         forwards = []
         for _ in range(repeats):
             subject, spending = await bench.subject(one)
+            await subject.candidates()
             forwards.append(await cpu_s(partial(subject.scores, subject.texts)))
         forward = statistics.median(forwards)
         rows.append((f"{kind}: a forward", 1, "", spread(forwards, ".3f"), "1.0"))
@@ -199,6 +200,7 @@ async def costs(bench: Bench, kinds: dict[str, list[explanation_pb2.ExplainReque
         bare = []
         for _ in range(repeats):
             subject, spending = await bench.subject(one)
+            await subject.candidates()
             ranges = units.words(text)
             variants = [[units.kept(text, ranges, [n != gone for n in range(len(ranges))])] for gone in range(len(ranges))]
             bare.append(await cpu_s(partial(_passes, subject, spending, [[text], *variants, [""]])))

@@ -110,28 +110,29 @@ class Explainer:
 
     async def _occluded(self, subject: Subject, parts: Sequence[Unit], spending: Spending) -> explanation_pb2.ExplainResponse:
         """Weight of a unit: target's score with all units, less the score without this one."""
-        whole = await subject.scores(subject.texts)
-        target = subject.target if subject.target is not None else max(range(len(whole)), key=whole.__getitem__)
-        known: dict[frozenset[int], float] = {}
+        await subject.candidates()  # what all passes need is there before they run side by side
+        known: dict[frozenset[int], list[float]] = {}
 
-        async def without(gone: frozenset[int]) -> float:
-            return (await subject.scores(_left(subject.texts, parts, gone)))[target]
+        async def without(gone: frozenset[int]) -> list[float]:
+            return await subject.scores(_left(subject.texts, parts, gone))
 
-        async def learn(sets: Sequence[frozenset[int]]) -> list[float]:
+        async def learn(sets: Sequence[frozenset[int]]) -> list[list[float]]:
             fresh = [one for one in dict.fromkeys(sets) if one not in known]
             known.update(zip(fresh, await spending.each([partial(without, one) for one in fresh]), strict=True))
             return [known[one] for one in sets]
 
         alone = [frozenset({place}) for place in range(len(parts))]
-        *single, baseline = await learn([*alone, frozenset(range(len(parts)))])
-        weights = [whole[target] - score for score in single]
+        found = await learn([frozenset(), frozenset(range(len(parts))), *alone])
+        target = subject.target if subject.target is not None else max(range(len(found[0])), key=found[0].__getitem__)
+        whole, baseline, *single = [scores[target] for scores in found]
+        weights = [whole - score for score in single]
         reply = explanation_pb2.ExplainResponse(
-            attributions=_attributions(subject, parts, weights), target_score=whole[target], baseline_score=baseline
+            attributions=_attributions(subject, parts, weights), target_score=whole, baseline_score=baseline
         )
         points = attributions.curves(weights)
         if points is not None:
-            scores = await learn(points.deletions)
-            reply.faithfulness = attributions.faithfulness(whole[target], baseline, single, weights, points, scores)
+            tested = [scores[target] for scores in await learn(points.deletions)]
+            reply.faithfulness = attributions.faithfulness(whole, baseline, single, weights, points, tested)
         return reply
 
     # --- gradient × input ---------------------------------------------------------------------------------------------------------------

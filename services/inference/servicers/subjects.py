@@ -30,7 +30,8 @@ class Subject:
     sources: tuple[str, ...]  # Span.source_id of each text
     scores: Scores
     render: Render  # the prompt around texts; blocking
-    candidates: Candidates  # their tokens, none where a head has them; and each one's contrast, none where there is nothing to compare
+    # To be asked once before `scores`: the candidates' tokens, none where a head has them; and each one's contrast, none for one alone.
+    candidates: Candidates
     longest: int  # tokens that a prompt with its continuation may have
     target: int | None  # which candidate is explained; None: the likeliest
 
@@ -62,12 +63,11 @@ class Subjects:
             return word(text, labels, instruction)
 
         async def candidates() -> tuple[list[list[int]], list[float]]:
-            if not bias:  # asked first for the whole text, alone; its script decides, so that every variant is judged alike
+            if not bias:  # asked for once before any pass; the whole text's script decides, so that every variant is judged alike
                 bias.extend(await self._encoder.bias(tasks.script(asked.text), labels, instruction, wording, spending))
             return await self._encoder.continuations(labels), bias
 
         async def scores(texts: Texts) -> list[float]:
-            await candidates()
             found, _ = await self._encoder.label_scores(texts[0], labels, wording, spending)
             return attributions.log_softmax([score - base for score, base in zip(found, bias, strict=True)])
 
