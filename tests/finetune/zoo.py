@@ -123,7 +123,7 @@ def good() -> Iterator[Case]:
     yield Case("a classifier on a writer", config(), weights, file(head(LABELS)), CLASSIFY)
     yield Case("no task", config(task_type=None), weights)
     yield Case("a newer key that is null", config(some_config_of_2027=None), weights)
-    yield Case("from a directory of theirs", config(base_model_name_or_path="/home/x/../../etc/passwd"), weights)
+    yield Case("from a directory of theirs", config(base_model_name_or_path="/srv/x/../../etc/passwd"), weights)
     one = {name: value for name, value in lora().items() if "q_proj" in name}
     yield Case("one target", config(target_modules=["q_proj"]), file(one))
     yield Case("a target by a longer name", config(target_modules=["self_attn.q_proj"]), file(one))
