@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.record import header, table
 from services.finetune.rows import Turn
+from services.finetune.trainer.__main__ import keep_memory
 from services.finetune.trainer.batches import Example, order
 from services.finetune.trainer.model import load
 from services.finetune.trainer.rendering import Renderer
@@ -61,7 +62,8 @@ def rendered(directory: Path, count: int) -> list[Example]:
 
 
 def ours(directory: Path, examples: list[Example], precision: str) -> dict[str, Any]:
-    """Our loop."""
+    """Our loop, with the allocator that its process sets."""
+    keep_memory()
     base = load(directory, torch.device("cpu"))
     own = Hyperparameters(learning_rate=RATE, epochs=1, batch_size=BATCH, warmup_ratio=0.0)
     trainer = Trainer(Spec(Method.CHAT, Lora(), own, seed=SEED, precision=precision), base, examples)

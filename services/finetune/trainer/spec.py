@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 __all__ = [
     "CHECKPOINT_INTERVAL_STEPS",
+    "HEAD_FACTOR",
     "SEQ_LEN",
     "EarlyStopping",
     "Hyperparameters",
@@ -18,6 +19,7 @@ __all__ = [
 ]
 
 SEQ_LEN, CHECKPOINT_INTERVAL_STEPS = 1024, 50
+HEAD_FACTOR = 4.0  # a head starts from zero, an adapter beside weights that know much already
 
 
 class Method(enum.Enum):
@@ -50,7 +52,7 @@ class Hyperparameters:
     """Of AdamW and its schedule."""
 
     learning_rate: float = 2e-4
-    head_learning_rate: float | None = None  # None: as the rest
+    head_learning_rate: float | None = None  # None: HEAD_FACTOR times the rest
     epochs: float = 3.0
     batch_size: int = 8  # examples of an optimizer step
     weight_decay: float = 0.0

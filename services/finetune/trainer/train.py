@@ -16,7 +16,7 @@ from services.finetune.trainer.heads import Head
 from services.finetune.trainer.loss import supervised_loss
 from services.finetune.trainer.model import Base
 from services.finetune.trainer.products import narrow_is_fast
-from services.finetune.trainer.spec import Method, Spec, learning_rate, steps
+from services.finetune.trainer.spec import HEAD_FACTOR, Method, Spec, learning_rate, steps
 
 __all__ = ["Evaluation", "Step", "Trainer"]
 
@@ -77,7 +77,7 @@ class Trainer:
         rest = [tensor for name, tensor in trained.items() if name not in head]
         groups: list[dict[str, Any]] = [{"params": rest, "full": own.learning_rate}]
         if head:
-            groups.append({"params": [trained[name] for name in head], "full": own.head_learning_rate or own.learning_rate})
+            groups.append({"params": [trained[name] for name in head], "full": own.head_learning_rate or HEAD_FACTOR * own.learning_rate})
         self.optimizer = torch.optim.AdamW(
             groups,
             lr=own.learning_rate,
