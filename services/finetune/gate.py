@@ -47,8 +47,8 @@ class Comparison:
     candidate: float
     other: float
     difference: float
-    p_value: float | None  # McNemar, two-sided
-    lower_bound: float | None  # bootstrap, 5 % point of the difference
+    p_value: float  # McNemar, two-sided; or the share of resamples in which the candidate is no better
+    lower_bound: float  # bootstrap, 5 % point of the difference
     only_candidate_right: int | None
     only_other_right: int | None
     beats: bool
@@ -78,14 +78,13 @@ def mcnemar(only_candidate: int, only_other: int) -> float:
     return min(1.0, 2.0 * tail / (1 << differing))
 
 
-def lower_bound(gains: Sequence[float], weights: Sequence[float], seed: int, alpha: float = ALPHA) -> float:
-    """The `alpha` quantile of the mean gain over resamples of the rows.
+def resampled(gains: Sequence[float], weights: Sequence[float], seed: int) -> npt.NDArray[np.float64]:
+    """Mean gains over resamples of the rows, sorted; [RESAMPLES].
 
     Args:
         gains: for each row, by how much the candidate is better, summed over its tokens; [rows].
         weights: tokens of each row; [rows].
-        seed: the same seed gives the same bound.
-        alpha: in 0..1.
+        seed: the same seed gives the same means.
     """
     gain, weight = np.asarray(gains, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     generator = np.random.default_rng(seed)
@@ -94,7 +93,12 @@ def lower_bound(gains: Sequence[float], weights: Sequence[float], seed: int, alp
     for start in range(0, RESAMPLES, at_once):
         drawn = generator.integers(0, len(gain), size=(min(at_once, RESAMPLES - start), len(gain)))
         means.append(gain[drawn].sum(axis=1) / weight[drawn].sum(axis=1))
-    return float(np.quantile(np.concatenate(means), alpha))
+    return np.sort(np.concatenate(means))
+
+
+def lower_bound(means: npt.NDArray[np.float64], alpha: float = ALPHA) -> float:
+    """The `alpha` quantile of resampled means."""
+    return float(np.quantile(means, alpha))
 
 
 def judge(metric: Metric, candidate: Outcomes, others: Mapping[str, Outcomes], margin: float = 0.0, seed: int = 0) -> Verdict:
@@ -124,23 +128,21 @@ def judge(metric: Metric, candidate: Outcomes, others: Mapping[str, Outcomes], m
     return Verdict(metric, margin, all(each.beats for each in comparisons), comparisons)
 
 
-def _by_mcnemar(opponent: str, candidate: Outcomes, other: Outcomes, margin: float, _: int) -> Comparison:
+def _by_mcnemar(opponent: str, candidate: Outcomes, other: Outcomes, margin: float, seed: int) -> Comparison:
     pairs = list(zip(candidate.values, other.values, strict=True))
     ours, theirs = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
     difference = (ours - theirs) / len(pairs)
     p_value = mcnemar(ours, theirs)
+    bound = lower_bound(resampled([a - b for a, b in pairs], (1.0,) * len(pairs), seed))  # said beside it, decides nothing
     beats = len(pairs) >= ROWS and difference > 0 and difference >= margin and p_value < ALPHA
-    return Comparison(
-        opponent, "MCNEMAR_EXACT", len(pairs), candidate.mean(), other.mean(), difference, p_value, None, ours, theirs, beats
-    )  # fmt: skip
+    means = candidate.mean(), other.mean()
+    return Comparison(opponent, "MCNEMAR_EXACT", len(pairs), *means, difference, p_value, bound, ours, theirs, beats)
 
 
 def _by_bootstrap(opponent: str, candidate: Outcomes, other: Outcomes, margin: float, seed: int) -> Comparison:
     gains = [b - a for a, b in zip(candidate.values, other.values, strict=True)]  # a loss: less is better
-    weights = candidate.weights or (1.0,) * len(gains)
-    bound = lower_bound(gains, weights, seed)
-    difference = other.mean() - candidate.mean()
+    drawn = resampled(gains, candidate.weights or (1.0,) * len(gains), seed)
+    bound, p_value = lower_bound(drawn), max(1.0, float((drawn <= 0).sum())) / len(drawn)
+    means = candidate.mean(), other.mean()
     beats = len(gains) >= ROWS and bound > 0 and bound >= margin
-    return Comparison(
-        opponent, "PAIRED_BOOTSTRAP", len(gains), candidate.mean(), other.mean(), difference, None, bound, None, None, beats
-    )  # fmt: skip
+    return Comparison(opponent, "PAIRED_BOOTSTRAP", len(gains), *means, means[1] - means[0], p_value, bound, None, None, beats)

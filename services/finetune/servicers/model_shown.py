@@ -184,8 +184,8 @@ def evaluation(row: Record, of: Record) -> pb.Evaluation:
         shown.scores.append(pb.EvaluationScore(model=against, metric=metric, value=each["other"], rows=each["rows"]))
         shown.comparisons.append(
             pb.EvaluationComparison(
-                against=against, metric=metric, gain=each["difference"], gain_low=each.get("lower_bound", 0.0),
-                p_value=each.get("p_value", 0.0), test=each["test"].lower(), passed=each["beats"],
+                against=against, metric=metric, gain=each["difference"], gain_low=each["lower_bound"],
+                p_value=each["p_value"], test=each["test"].lower(), passed=each["beats"],
             )
         )  # fmt: skip
     return shown
