@@ -251,7 +251,7 @@ async def version_for_training(connection: AsyncConnection, project_uid: str, na
 
 
 async def claim_validation(connection: AsyncConnection, owner: str) -> Record | None:
-    """The oldest version to validate that nobody works on, now ours for a lease."""
+    """The oldest version to validate that nobody works on, now held by `owner` (an id of this claim alone) for a lease."""
     v = dataset_versions.c
     free = (
         select(v.project_uid, v.uid)
@@ -270,11 +270,12 @@ async def claim_validation(connection: AsyncConnection, owner: str) -> Record | 
     return await one(connection, claimed)
 
 
-async def renew_validation(connection: AsyncConnection, project_uid: str, uid: str, owner: str, validated_bytes: int) -> bool:
-    """Report progress; False: the version is not ours to validate any more."""
+async def renew_validation(connection: AsyncConnection, project_uid: str, uid: str, owner: str, validated_bytes: int | None) -> bool:
+    """Keep a claim, and report progress if there is any; False: the version is not ours to validate any more."""
     v = dataset_versions.c
     ours = and_(v.state == "VALIDATING", v.claim_uid == owner)
-    return await change_version(connection, project_uid, uid, ours, validated_bytes=validated_bytes, claim_time=NOW) is not None
+    told = {} if validated_bytes is None else {"validated_bytes": func.greatest(v.validated_bytes, validated_bytes)}
+    return await change_version(connection, project_uid, uid, ours, **told, claim_time=NOW) is not None
 
 
 async def free_validation(connection: AsyncConnection, project_uid: str, uid: str, owner: str) -> str:

@@ -24,12 +24,13 @@ from services.finetune.queries import Record
 from services.finetune.schema.datasets import dataset_versions
 from services.finetune.settings import DatasetSettings
 from services.finetune.store import FineTuneStore
-from services.finetune.validation import Outcome, Progress, Task, validate
+from services.finetune.validation import AGAIN, Outcome, Progress, Task, validate
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # a version whose validator dies this often is REJECTED: its rows kill whoever reads them
 LINE_BYTES = 4 << 20  # of an outcome: a thousand findings and a thousand labels
+SILENT_SECONDS = 900.0  # a child that says nothing for longer is given up; five million rows are compared in a third of it
 BASE_SECONDS = 5.0  # a validation waits so long for a base that is being fetched
 POLL_SECONDS = 1.0  # between looks for versions that nothing woke us for
 
@@ -42,7 +43,7 @@ class Host(Protocol):
     """Where a task runs."""
 
     async def __call__(self, task: Task, progress: Callable[[int], Awaitable[bool]]) -> Outcome | None:
-        """The outcome; None: `progress` said that nobody wants it any more. Raises ValidatorDied."""
+        """The outcome; None: `progress` said that nobody wants it any more. Raises ValidatorDied, StoreUnavailable."""
         ...
 
 
@@ -88,13 +89,17 @@ class ProcessHost:
             child.stdin.write(msgspec.json.encode(task) + b"\n")
             with suppress(ConnectionError):  # it died: its output ends, too
                 await child.stdin.drain()
-            while line := await child.stdout.readline():
+            while line := await asyncio.wait_for(child.stdout.readline(), SILENT_SECONDS):
                 said = msgspec.json.decode(line, type=Progress | Outcome)
                 if isinstance(said, Outcome):
                     return said
                 if not await progress(said.validated_bytes):
                     return None
+            if await child.wait() == AGAIN:
+                raise StoreUnavailable
             raise ValidatorDied
+        except TimeoutError as error:
+            raise ValidatorDied from error
         finally:
             with suppress(ProcessLookupError):
                 child.kill()
@@ -133,7 +138,6 @@ class Validators:
     bases: Bases | None = None  # whose tokenizers count; None: none
     host: Host | None = None
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
-    _owner: str = field(default_factory=lambda: str(uuid4()))
 
     def wake(self) -> None:
         """There is a version to validate."""
@@ -150,7 +154,7 @@ class Validators:
         while True:
             try:
                 async with self.store.transaction() as connection:
-                    row = await dataset_store.claim_validation(connection, self._owner)
+                    row = await dataset_store.claim_validation(connection, str(uuid4()))
                 if row is not None:
                     await self._one(row)
                     continue
@@ -169,6 +173,7 @@ class Validators:
         host = self.host or (ThreadHost(self.objects) if self.objects.url.startswith("memory:") else ProcessHost())
         task, derived_uid = await self._task(row)
         started = time.monotonic()
+        beating = asyncio.create_task(self._beat(row), name="validator's claim")
         try:
             outcome = await host(task, lambda done: self._progress(row, done))
         except ValidatorDied:
@@ -178,6 +183,9 @@ class Validators:
             with suppress(StoreUnavailable):
                 await asyncio.shield(self._free(row))
             raise
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
         try:
             if outcome is None:
                 raise _NotOurs
@@ -188,7 +196,7 @@ class Validators:
 
     async def _free(self, row: Record) -> str:
         async with self.store.transaction() as connection:
-            return await dataset_store.free_validation(connection, row["project_uid"], row["uid"], self._owner)
+            return await dataset_store.free_validation(connection, row["project_uid"], row["uid"], row["claim_uid"])
 
     async def _give_up(self, row: Record, derived_uid: str) -> None:
         """Remove what was written of a version that was deleted meanwhile; then its erasure may say that it is done."""
@@ -200,10 +208,16 @@ class Validators:
                 await self.objects.delete_prefix(f"{above}/{uid}")
         await self._free(row)
 
-    async def _progress(self, row: Record, done: int) -> bool:
+    async def _beat(self, row: Record) -> None:
+        """Keep the claim while the host works: duplicates are found in minutes in which no byte is judged."""
+        while True:
+            await asyncio.sleep(dataset_store.LEASE.total_seconds() / 4)
+            await self._progress(row, None)
+
+    async def _progress(self, row: Record, done: int | None) -> bool:
         try:
             async with self.store.transaction() as connection:
-                return await dataset_store.renew_validation(connection, row["project_uid"], row["uid"], self._owner, done)
+                return await dataset_store.renew_validation(connection, row["project_uid"], row["uid"], row["claim_uid"], done)
         except StoreUnavailable:
             return True  # the claim may run out; its outcome then finds that it has
 
@@ -248,7 +262,7 @@ class Validators:
         """One transaction: the verdict, its findings, and the clean version if one was made."""
         v = dataset_versions.c
         project = row["project_uid"]
-        ours = (v.state == "VALIDATING", v.claim_uid == self._owner)
+        ours = (v.state == "VALIDATING", v.claim_uid == row["claim_uid"])
         report = msgspec.to_builtins(outcome)
         for name in ("findings", "derived", "type", "sha256", "total_bytes"):
             report.pop(name, None)
@@ -286,7 +300,7 @@ class Validators:
     async def _reject(self, row: Record, failure: dict[str, Any]) -> None:
         async with self.store.transaction() as connection:
             await dataset_store.change_version(
-                connection, row["project_uid"], row["uid"], dataset_versions.c.claim_uid == self._owner, state="REJECTED",
+                connection, row["project_uid"], row["uid"], dataset_versions.c.claim_uid == row["claim_uid"], state="REJECTED",
                 failure=failure, end_time=dataset_store.NOW,
             )  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from services.chassis.objects import SyncObjects, open_objects_sync
+from services.chassis.objects import ObjectsUnavailable, SyncObjects, open_objects_sync
 from services.finetune import pii
 from services.finetune.records import CsvRecord, Line, csv_records, lines, parse_object
 from services.finetune.rows import Layout, Row, RowError, read_rows
@@ -24,6 +24,7 @@ from services.finetune.statistics import Counting, Statistics, Summary
 
 KEPT_FINDINGS = 1_000
 KEPT_RULES = 256  # kinds of findings; there are fewer
+AGAIN = 75  # exit code: the store does not answer; nothing is wrong with the rows
 PROGRESS_SECONDS = 1.0
 SKIPPED_LINES = 1_000
 
@@ -299,7 +300,10 @@ def main() -> None:
         from services.finetune.token_counts import counters
 
         counting = counters([(name, Path(directory)) for name, directory in task.bases])
-    outcome = validate(open_objects_sync(task.store_url), task, tell, counting)
+    try:
+        outcome = validate(open_objects_sync(task.store_url), task, tell, counting)
+    except ObjectsUnavailable:
+        sys.exit(AGAIN)
     out.write(msgspec.json.encode(outcome) + b"\n")
     out.flush()
 

@@ -6,11 +6,13 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
 
 from argosy.v1 import dataset_pb2 as pb
+from services.chassis.errors import StoreUnavailable
 from services.finetune import dataset_store
 from services.finetune.settings import DatasetSettings
 from services.finetune.validating import ATTEMPTS, ProcessHost, ValidatorDied, Validators
@@ -196,9 +198,35 @@ async def test_a_validator_that_wants_too_much_memory_dies_alone(finetune_url: s
         tenant = served.tenant()
         version = await tenant.upload((await tenant.dataset()).name, ROWS * 400)
         async with served.store.transaction() as connection:
-            row = await dataset_store.claim_validation(connection, served.validators._owner)
+            row = await dataset_store.claim_validation(connection, str(uuid4()))
         assert row is not None
         task, _ = await served.validators._task(row)
         with pytest.raises(ValidatorDied):
             await ProcessHost()(task, lambda done: asyncio.sleep(0, True))
         assert version.state == version.STATE_VALIDATING
+
+
+async def test_a_store_that_is_away_is_no_fault_of_the_rows(served: Served) -> None:
+    task = Task("file:///sys/none", "v/data", "", 1, dataset_store.Layout("classify"))  # nobody may write there
+    with pytest.raises(StoreUnavailable):
+        await ProcessHost()(task, lambda done: asyncio.sleep(0, True))
+    tenant = served.tenant()
+    version = await tenant.upload((await tenant.dataset()).name, ROWS)
+    calls = 0
+
+    async def away(task: Task, progress: Callable[[int], Awaitable[bool]]) -> Outcome | None:
+        nonlocal calls
+        calls += 1
+        if calls <= 2 * ATTEMPTS:
+            raise StoreUnavailable
+        return await asyncio.to_thread(validate, served.objects.sync, task, lambda done: None)
+
+    served.validators.host = away
+    working = asyncio.create_task(served.validators.run())
+    async with asyncio.timeout(20):
+        while (await tenant("GetDatasetVersion", pb.GetDatasetVersionRequest(name=version.name))).state == version.STATE_VALIDATING:
+            served.validators.wake()
+            await asyncio.sleep(0.02)
+    assert (await tenant.validated(version.name)).state == version.STATE_READY
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
