@@ -45,6 +45,12 @@ class Bases:
         """What there is."""
         return frozenset(self._sources)
 
+    def known(self, name: str) -> Base | None:
+        """A base that was read already; None: nobody has asked for it yet."""
+        task = self._found.get(name)
+        read = task is not None and task.done() and not task.cancelled() and task.exception() is None
+        return task.result() if task is not None and read else None
+
     async def get(self, name: str, field: str = "base_model") -> Base:
         """A base; the first call may take seconds, for which nothing else waits.
 

@@ -6,26 +6,31 @@ the signed manifest goes last, and the row is READY in the transaction that ends
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import func
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from argosy.v1.finetune_pb2 import TuneMethod
 from argosy_internal.training.v1.training_pb2 import AdapterManifest, Part
-from services.chassis.errors import ArtifactRejected, ResourceNotFound, WrongState
+from services.chassis.errors import ArtifactRejected, ResourceNotFound, StoreUnavailable, WrongState
 from services.chassis.objects import ObjectMissing, Objects
 from services.finetune import fit, lineage, sql_models, tensors
 from services.finetune.lineage import ADAPTER, HEAD, MANIFEST, Signer
 from services.finetune.queries import Record
 from services.finetune.store import FineTuneStore
 
+log = logging.getLogger(__name__)
+
 PART_BYTES = {ADAPTER: 2 << 30, HEAD: 64 << 20}  # at most
 PIECE_BYTES = 4 << 20  # of a tensor looked at once; a multiple of every number's size
 FIRST = "CREATED"
+ABANDONED = timedelta(hours=2)  # longer than a run's end takes, however often it is repeated
+SWEEP_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -168,22 +173,23 @@ async def prepare(
             row = await sql_models.add_version(
                 connection, manifest.project_uid, model["uid"], origin.source, job_uid=origin.job_uid, step=origin.step
             )
-    return await fill(objects, signer, manifest, prefix, row)
+        prepared = _signed(manifest, signer, row)
+        if row["state"] == "CHECKING":  # before the bytes: what a crash leaves of them is found by it
+            await sql_models.change_version(connection, row, adapter_digest=prepared.signed.digest)
+    target = lineage.place(prepared.project_uid, prepared.signed.digest)
+    for part in prepared.manifest.parts:
+        await objects.copy(f"{prefix.rstrip('/')}/{part.name}", f"{target}/{part.name}")
+    await objects.put(f"{target}/{MANIFEST}", prepared.signed.envelope)
+    return prepared
 
 
-async def fill(objects: Objects, signer: Signer, manifest: AdapterManifest, prefix: str, row: Record) -> Prepared:
-    """The copying half of `prepare`, for a version that is reserved."""
+def _signed(manifest: AdapterManifest, signer: Signer, row: Record) -> Prepared:
     whole = AdapterManifest()
     whole.CopyFrom(manifest)
     whole.version = f"{manifest.model}/versions/{row['number']}"
-    whole.create_time.CopyFrom(stamp(row["create_time"]))  # of the reservation, so that a repetition signs the same bytes
-    signed = lineage.sign(whole, signer)
-    target = lineage.place(whole.project_uid, signed.digest)
-    for part in whole.parts:
-        await objects.copy(f"{prefix.rstrip('/')}/{part.name}", f"{target}/{part.name}")
-    await objects.put(f"{target}/{MANIFEST}", signed.envelope)
+    whole.create_time.FromDatetime(row["create_time"])  # of the reservation, so that a repetition signs the same bytes
     size = sum(part.total_bytes for part in whole.parts)
-    return Prepared(row["project_uid"], row["model_uid"], row["number"], whole.version, whole, signed, size)
+    return Prepared(row["project_uid"], row["model_uid"], row["number"], whole.version, whole, lineage.sign(whole, signer), size)
 
 
 async def publish(connection: AsyncConnection, prepared: Prepared, actor: str = "") -> str:
@@ -223,6 +229,29 @@ async def discard(store: FineTuneStore, objects: Objects, prepared: Prepared) ->
     await objects.delete_prefix(lineage.place(prepared.project_uid, prepared.signed.digest))
 
 
+async def sweep(store: FineTuneStore, objects: Objects, older: timedelta = ABANDONED) -> int:
+    """Take back reservations that nobody finished: a process died between `prepare` and `publish`. Returns how many."""
+    async with store.transaction() as connection:
+        rows = await sql_models.abandoned(connection, older)
+        for row in rows:
+            await sql_models.change_version(connection, row, state="REJECTED", delete_time=func.clock_timestamp())
+    for row in rows:
+        if row["adapter_digest"]:
+            await objects.delete_prefix(lineage.place(row["project_uid"], row["adapter_digest"]))
+    return len(rows)
+
+
+async def sweeping(store: FineTuneStore, objects: Objects, pause_s: float = SWEEP_SECONDS) -> None:
+    """Sweep until cancelled."""
+    await store.ready.wait()
+    while True:
+        try:
+            await sweep(store, objects)
+        except StoreUnavailable:
+            log.warning("the sweep of unfinished versions waits for the database or the object store")
+        await asyncio.sleep(pause_s)
+
+
 def ready_body(row: Record, manifest: AdapterManifest) -> dict[str, Any]:
     """What gateways are told of a READY version."""
     return {
@@ -233,10 +262,3 @@ def ready_body(row: Record, manifest: AdapterManifest) -> dict[str, Any]:
         "adapter_digest": row["adapter_digest"],
         "ready_time": row["ready_time"].isoformat(),
     }
-
-
-def stamp(value: Any) -> Timestamp:
-    """A time as protobuf has it."""
-    found = Timestamp()
-    found.FromDatetime(value)
-    return found

@@ -25,6 +25,7 @@ from services.chassis.lists import PageTokens
 from services.chassis.objects import Objects, open_objects
 from services.chassis.server import Serving, serve
 from services.chassis.telemetry import Telemetry
+from services.finetune import publishing
 from services.finetune.bases import Bases
 from services.finetune.erasing import Eraser
 from services.finetune.evaluations import Evaluators
@@ -173,7 +174,7 @@ async def finetune(
             (finetuning.SERVICE, _adding(finetune_pb2_grpc.add_FineTuneServiceServicer_to_server, tuning)),
             (training.SERVICE, _adding(training_pb2_grpc.add_TrainingServiceServicer_to_server, attempts)),
         ]
-        for work in (validators.run, eraser.run, evaluators.run):
+        for work in (validators.run, eraser.run, evaluators.run, partial(publishing.sweeping, store, objects)):
             await stack.enter_async_context(_working(work))
         policy = Policy(
             authenticate=lambda incoming, context: (training.bearer if incoming.method.startswith(TRAINING) else behind)(incoming, context),

@@ -1,7 +1,7 @@
 """Models, versions, aliases and the gateways' feed in SQL. Every statement names its project."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -91,6 +91,13 @@ async def version_of_job(connection: AsyncConnection, project_uid: str, job_uid:
     """What a job's end made, or is being made."""
     v = model_versions.c
     return await one(connection, select(model_versions).where(v.project_uid == project_uid, v.job_uid == job_uid, v.source == "JOB", _live))
+
+
+async def abandoned(connection: AsyncConnection, older: timedelta, limit: int = 100) -> list[Record]:
+    """Versions of all projects that have been in CHECKING for longer, locked; those that are being published are passed over."""
+    v = model_versions.c
+    statement = select(model_versions).where(v.state == "CHECKING", v.delete_time.is_(None), v.update_time < _now - older)
+    return list((await connection.execute(statement.limit(limit).with_for_update(skip_locked=True))).mappings())
 
 
 async def has_versions(connection: AsyncConnection, project_uid: str, model_uid: str) -> bool:

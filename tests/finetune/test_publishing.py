@@ -1,5 +1,6 @@
 import asyncio
 import json
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,20 @@ async def test_a_repeated_end_of_a_job_makes_one_version(finetune_url: str) -> N
                 assert await publishing.publish(connection, prepared) == f"{NAME}/versions/1"
         async with house.store.transaction() as connection:
             assert len(await sql_models.events(connection, 0)) == 2
+
+
+async def test_what_a_crash_left_unpublished_is_swept_with_its_bytes(finetune_url: str) -> None:
+    async with registry(finetune_url) as house:
+        kept = await house.publish(seed=1)
+        left = await house.prepared(seed=2)
+        assert await publishing.sweep(house.store, house.objects, timedelta(hours=1)) == 0
+        assert await publishing.sweep(house.store, house.objects, timedelta(0)) == 1
+        assert await publishing.sweep(house.store, house.objects, timedelta(0)) == 0
+        stored = {path.split("/")[2] async for path, _ in house.objects.list("adapters")}
+        assert stored == {kept.signed.digest}
+        async with house.store.transaction() as connection:
+            with pytest.raises(ResourceNotFound):
+                await publishing.publish(connection, left)
 
 
 async def test_numbers_are_not_used_again_and_prod_stays_where_it_is(finetune_url: str) -> None:

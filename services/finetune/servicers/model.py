@@ -69,7 +69,7 @@ class ModelServicer(AliasMethods, CheckpointMethods, EvaluationMethods):
             )
             if row is None:
                 raise ResourceExists("model_id")
-            return shown.model(row, None)
+            return shown.model(row, None, self.bases.known(row["base_model"]))
 
         return await self.desk.change("CreateModel", request, pb.Model, work)
 
@@ -78,7 +78,7 @@ class ModelServicer(AliasMethods, CheckpointMethods, EvaluationMethods):
         bounds.check(request)
         (segment,) = own(request.name, MODEL_NAME)
         async with self.desk.store.transaction() as connection:
-            return await _shown(connection, await found_model(connection, segment, "name"))
+            return await self._model(connection, await found_model(connection, segment, "name"))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         """The project's own models."""
@@ -92,7 +92,10 @@ class ModelServicer(AliasMethods, CheckpointMethods, EvaluationMethods):
             rows = await sql_models.list_models(connection, who.project_uid, conditions, order, listing.after, listing.limit)
             defaults = await sql_models.default_versions(connection, who.project_uid, [row["uid"] for row in rows])
         page, token = self.desk.page(
-            listing, rows, lambda row: shown.model(row, defaults.get(row["uid"])), lambda row: after_of(row, order[0])
+            listing,
+            rows,
+            lambda row: shown.model(row, defaults.get(row["uid"]), self.bases.known(row["base_model"])),
+            lambda row: after_of(row, order[0]),
         )
         return pb.ListModelsResponse(models=page, next_page_token=token)
 
@@ -108,7 +111,7 @@ class ModelServicer(AliasMethods, CheckpointMethods, EvaluationMethods):
             lists.check_etag(asked.etag, row["uid"], row["revision"], "model.etag")
             values: dict[str, Any] = {"display_name": asked.display_name, "labels": dict(asked.labels)}
             row = await sql_models.change_model(connection, row["project_uid"], row["uid"], **{field: values[field] for field in fields})
-            return await _shown(connection, row)
+            return await self._model(connection, row)
 
         return await self.desk.change("UpdateModel", request, pb.Model, work)
 
@@ -132,6 +135,10 @@ class ModelServicer(AliasMethods, CheckpointMethods, EvaluationMethods):
         made = await self.desk.change("DeleteModel", request, deletion_pb2.Deletion, work, resource=lambda made: made.target)
         self._erase()
         return made
+
+    async def _model(self, connection: AsyncConnection, row: Record) -> pb.Model:
+        defaults = await sql_models.default_versions(connection, row["project_uid"], [row["uid"]])
+        return shown.model(row, defaults.get(row["uid"]), self.bases.known(row["base_model"]))
 
     async def GetModelVersion(self, request: pb.GetModelVersionRequest, context: Any) -> pb.ModelVersion:
         """One version, with its model card and signed manifest."""
@@ -173,11 +180,6 @@ class ModelServicer(AliasMethods, CheckpointMethods, EvaluationMethods):
         made = await self.desk.change("DeleteModelVersion", request, deletion_pb2.Deletion, work, resource=lambda made: made.target)
         self._erase()
         return made
-
-
-async def _shown(connection: AsyncConnection, row: Record) -> pb.Model:
-    defaults = await sql_models.default_versions(connection, row["project_uid"], [row["uid"]])
-    return shown.model(row, defaults.get(row["uid"]))
 
 
 async def _version(connection: AsyncConnection, model: Record, number: int, *, lock: bool = False) -> Record:

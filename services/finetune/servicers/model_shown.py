@@ -8,6 +8,7 @@ from argosy.v1 import model_pb2 as pb
 from argosy_internal.training.v1.training_pb2 import AdapterManifest
 from services.chassis.lists import etag
 from services.finetune import lineage
+from services.finetune.bases import Base
 from services.finetune.queries import Record
 from services.finetune.servicers.dataset_messages import failure
 from services.finetune.servicers.resources import timestamp
@@ -33,8 +34,8 @@ def model_name(row: Record) -> str:
     return f"projects/{row['project']}/models/{row['name']}"
 
 
-def model(row: Record, default: Record | None) -> pb.Model:
-    """An own model; `default` is the version that its plain name means."""
+def model(row: Record, default: Record | None, base: Base | None = None) -> pb.Model:
+    """An own model; `default` is the version that its plain name means, `base` what it builds on, if it has been read."""
     shown = pb.Model(
         name=model_name(row),
         uid=row["uid"],
@@ -45,6 +46,8 @@ def model(row: Record, default: Record | None) -> pb.Model:
         update_time=timestamp(row["update_time"]),
         base_model=row["base_model"],
     )
+    if base is not None:
+        shown.base_digest, shown.context_tokens = base.digest, base.context
     if default is not None:
         manifest = lineage.from_json(default["manifest"])
         shown.base_digest = default["base_digest"]
