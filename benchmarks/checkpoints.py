@@ -136,7 +136,7 @@ def kills(count: int, folder: Path) -> None:
                 f"kill {number + 1}: exit {codes[-1]}, resumed from step {lost[-1]} of {total}, {same} of {number + 1} the same", flush=True
             )
     print(
-        f"\n{same} of {count} killed runs end with the digests of an uninterrupted one; steps resumed from: {spread(lost, '.0f')} of {total}."
+        f"\n{same} of {count} killed runs end with an uninterrupted one's digests; resumed from step {spread(lost, '.0f')} of {total}."
     )
     if same != count:
         raise SystemExit(1)

@@ -18,6 +18,7 @@ from services.chassis.objects import ObjectsUnavailable, SyncObjects
 from services.finetune.trainer import checkpoints, measures
 from services.finetune.trainer.control import Action, Claim, Control, Failure, Fenced, Outcome, Part, Refused, Unanswered, Warned
 from services.finetune.trainer.model import Base, BaseUnsupported, load
+from services.finetune.trainer.preference import PreferenceTrainer
 from services.finetune.trainer.privacy import GuardTripped, PrivateTrainer, canary
 from services.finetune.trainer.rendering import Renderer
 from services.finetune.trainer.reporting import INTERVAL_S, Reporter
@@ -169,6 +170,10 @@ class Attempt:
 
     def _fresh(self, claim: Claim, base: Base, prepared: Prepared, reporter: Reporter) -> Trainer:
         spec = replace(claim.spec, labels=prepared.labels)
+        if spec.method is Method.PREFERENCE:
+            if spec.lora is None or spec.privacy is not None:
+                raise Unusable(Failure("DATA_INVALID", "spec.adapter"))
+            return PreferenceTrainer(spec, base, prepared.train, prepared.validation)
         if spec.privacy is None:
             return Trainer(spec, base, prepared.train, prepared.validation)
         charged = 0.0 if claim.epsilon_left is None else max(0.0, spec.privacy.epsilon - claim.epsilon_left)
@@ -237,7 +242,7 @@ class Attempt:
                 metrics["calibration_error_before"] = measures.calibration_error(evaluation.logits, labels)
                 metrics["calibration_error"] = measures.calibration_error(evaluation.logits, labels, heat)
                 metrics["majority_accuracy"] = measures.majority(labels.tolist())
-            elif claim.spec.lora is not None:
+            elif claim.spec.lora is not None and claim.spec.method is Method.CHAT:
                 with trainer.untuned():
                     loss = trainer.evaluate().loss
                 metrics |= {"base_validation_loss": loss, "base_validation_perplexity": math.exp(min(loss, 20.0))}
@@ -257,7 +262,7 @@ class Attempt:
             parts=parts,
             temperature=heat,
             max_tokens=claim.spec.seq_len if trainer.head is not None else 0,
-            template_hash=template_hash if claim.spec.method is Method.CHAT else "",
+            template_hash=template_hash if trainer.head is None else "",
             rows={"train": len(prepared.train), "validation": len(prepared.validation)},
             labels=prepared.labels,
             metrics=metrics,
@@ -272,6 +277,8 @@ class Attempt:
     def _numbers(trainer: Trainer, evaluation: Evaluation) -> dict[str, float]:
         """An evaluation by name."""
         numbers = {"validation_loss": evaluation.loss}
+        if evaluation.numbers:
+            return numbers | {f"validation_{name}": value for name, value in evaluation.numbers.items()}
         if evaluation.logits is None:
             return numbers | {"validation_perplexity": math.exp(min(evaluation.loss, 20.0))}
         labels = torch.tensor([example.label for example in trainer.validation])

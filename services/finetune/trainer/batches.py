@@ -16,16 +16,22 @@ __all__ = ["Batch", "Example", "fit", "layout", "order", "pack", "pad", "taken"]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example as ids. `spans` are half-open ranges of supervised tokens; `label` an index, -1 for none."""
+    """One example as ids. `spans` are half-open ranges of supervised tokens; `label` is an index, -1 for none."""
 
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...] = ()
     label: int = -1
+    against: "Example | None" = None  # the answer that is worse than this one
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of the two, or of the one."""
+        return max(len(self.ids), len(self.against.ids) if self.against else 0)
 
     @property
     def supervised(self) -> int:
-        """Tokens that count for the loss; an example with a label counts one."""
-        return 1 if self.label >= 0 else sum(end - start for start, end in self.spans)
+        """Tokens that count for the loss; an example with a label, and a pair, counts one."""
+        return 1 if self.label >= 0 or self.against else sum(end - start for start, end in self.spans)
 
 
 @dataclass(frozen=True, slots=True)

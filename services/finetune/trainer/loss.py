@@ -6,7 +6,7 @@ import torch
 
 from services.finetune.trainer.products import linear
 
-__all__ = ["supervised_loss"]
+__all__ = ["supervised_loss", "token_losses"]
 
 _ROWS = 128  # logits held at once: 128 rows of 262,144 in float32 are 134 MB
 
@@ -73,3 +73,15 @@ def supervised_loss(
     """
     loss: torch.Tensor = _Loss.apply(hidden, weight, targets, softcap, weights)  # type: ignore[no-untyped-call]
     return loss
+
+
+@torch.no_grad()
+def token_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
+    """The negative log-likelihood of each row, in nats, without a gradient: [n]."""
+    found = hidden.new_empty(hidden.shape[0])
+    for at in range(0, hidden.shape[0], _ROWS):
+        logits = linear(hidden[at : at + _ROWS].to(weight.dtype), weight).float()
+        if softcap is not None:
+            logits = torch.tanh(logits.div_(softcap)).mul_(softcap)
+        found[at : at + _ROWS] = torch.nn.functional.cross_entropy(logits, targets[at : at + _ROWS], reduction="none")
+    return found

@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.chassis.objects import ObjectMissing, SyncObjects
-from services.finetune.rows import Row, read_rows
+from services.finetune.rows import Row, Turn, read_rows
 from services.finetune.splits import split
 from services.finetune.trainer.batches import Example
 from services.finetune.trainer.control import Claim, Failure, Grant, Warned
@@ -81,7 +81,7 @@ def _examples(rows: list[Row], spec: Spec, labels: tuple[str, ...], renderer: Re
     long: list[int] = []
     for row in rows:
         for example in _rendered(row, index, renderer):
-            if len(example.ids) > spec.seq_len:
+            if example.longest > spec.seq_len:
                 long.append(row.line)
             else:
                 found.append(example)
@@ -95,6 +95,10 @@ def _rendered(row: Row, index: dict[str, int], renderer: Renderer) -> Iterator[E
         yield renderer.labelled(row.text, index[row.label])
         return
     try:
-        yield from renderer.chat(row.messages)
+        if row.prompt:
+            better, worse = (renderer.chat((Turn("user", row.prompt), Turn("assistant", said))) for said in (row.chosen, row.rejected))
+            yield replace(better[-1], against=worse[-1])
+        else:
+            yield from renderer.chat(row.messages)
     except TemplateRefused:
         raise Unusable(Failure("DATA_INVALID", "V6.template", row.line, "messages")) from None

@@ -27,7 +27,7 @@ class Method(enum.Enum):
 
     CHAT = "chat"  # the assistant's words
     CLASSIFY = "classify"  # a label for a text, by a head of our own
-    PREFERENCE = "preference"  # optional engine
+    PREFERENCE = "preference"  # which of two answers is better
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class Hyperparameters:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    preference_beta: float = 0.1  # pull towards the base where a preference is learnt
 
 
 @dataclass(frozen=True, slots=True)

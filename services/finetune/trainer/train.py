@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ class Evaluation:
 
     loss: float
     logits: torch.Tensor | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)  # others, by name
 
 
 @dataclass(slots=True)
@@ -70,7 +71,7 @@ class Trainer:
             base.model.requires_grad_(True)
             self.targets = ()
         # Where the output matrix is learnt, too, its gradient is float32's.
-        self.output = base.output.detach().to(precision) if spec.lora is not None and spec.method is Method.CHAT else base.output
+        self.output = base.output.detach().to(precision) if spec.lora is not None and spec.method is not Method.CLASSIFY else base.output
         self.head = Head(len(spec.labels), base.width, base.device) if spec.method is Method.CLASSIFY else None
         trained = self.parameters()
         head = {} if self.head is None else {f"head.{name}": tensor for name, tensor in self.head.tensors().items()}
@@ -105,7 +106,7 @@ class Trainer:
         supervised = sum(example.supervised for example in chosen)
         self.base.model.train()
         total, tokens = 0.0, 0
-        for batch in layout(chosen, self.spec.step_tokens, self.spec.packing, self.base.device):
+        for batch in self.batches(chosen):
             loss = self._loss(batch) / supervised
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
@@ -120,6 +121,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         return Step(self.done, total, own.learning_rate * factor, float(norm), tokens, supervised, time.perf_counter() - began)
+
+    def batches(self, chosen: Sequence[Example]) -> Iterable[Batch]:
+        """The forward passes of a step."""
+        return layout(chosen, self.spec.step_tokens, self.spec.packing, self.base.device)
 
     def due(self) -> bool:
         """Whether the step just done is followed by an evaluation: at the spec's interval or twice an epoch, and at the end."""

@@ -240,6 +240,7 @@ def spec_from_proto(spec: finetune_pb2.FineTuneSpec) -> Spec:
         warmup_ratio=chosen.warmup_ratio if chosen.HasField("warmup_ratio") else defaults.warmup_ratio,
         max_steps=chosen.max_steps or None,
         clip_norm=chosen.max_grad_norm or defaults.clip_norm,
+        preference_beta=chosen.preference_beta or defaults.preference_beta,
     )
     early = None
     if spec.HasField("early_stopping"):

@@ -84,7 +84,7 @@ class Plane:
     def _grant(self, name, data):
         path = f"datasets/{PROJECT}/{name}/data"
         self.objects.put(path, data)
-        formats = {Method.CHAT: "chat", Method.CLASSIFY: "classify"}
+        formats = {method: method.value for method in Method}
         return Grant(name, path, hashlib.sha256(data).hexdigest(), len(data), Layout(formats[self.spec.method]))
 
     def claim(self):
