@@ -14,10 +14,9 @@ from services.chassis.lists import Condition
 from services.finetune.datasets import TrainingVersion
 from services.finetune.queries import Record, one, page, where
 from services.finetune.rows import Layout, RowError
-from services.finetune.schema.datasets import dataset_versions, datasets, deletions, row_errors, upload_parts, uploads
+from services.finetune.schema.datasets import dataset_versions, datasets, deletions, row_errors
 
 LEASE = timedelta(seconds=30)  # a validation not heard from for longer is taken over
-UPLOAD_KEPT = timedelta(hours=24)
 
 NOW = func.clock_timestamp()  # the database's, in every transition
 _live_version = dataset_versions.c.state != "DELETED"
@@ -288,111 +287,6 @@ async def free_validation(connection: AsyncConnection, project_uid: str, uid: st
     )
     found = await connection.execute(select(v.state).where(v.project_uid == project_uid, v.uid == uid))
     return str(found.scalar_one())
-
-
-# --- uploads ----------------------------------------------------------------------------------------------------------------------------
-
-
-async def upload(connection: AsyncConnection, project_uid: str, dataset_uid: str, uid: str, *, lock: bool = False) -> Record | None:
-    """An upload that is not deleted."""
-    u = uploads.c
-    statement = select(uploads, (u.expire_time <= NOW).label("late")).where(
-        u.project_uid == project_uid, u.dataset_uid == dataset_uid, u.uid == uid, u.state != "DELETED"
-    )
-    return await one(connection, statement.with_for_update() if lock else statement)
-
-
-async def add_upload(connection: AsyncConnection, project_uid: str, dataset_uid: str, total_bytes: int | None, sha256: str) -> Record:
-    """A new upload."""
-    added = await one(
-        connection,
-        insert(uploads)
-        .values(
-            project_uid=project_uid, uid=str(uuid4()), dataset_uid=dataset_uid, total_bytes=total_bytes, sha256=sha256,
-            expire_time=NOW + UPLOAD_KEPT,
-        )
-        .returning(uploads),
-    )  # fmt: skip
-    assert added is not None  # inserted
-    return added
-
-
-async def change_upload(connection: AsyncConnection, project_uid: str, uid: str, *conditions: Any, **values: Any) -> Record | None:
-    """The upload after the change; None: `conditions` do not hold."""
-    u = uploads.c
-    return await one(
-        connection,
-        update(uploads).where(u.project_uid == project_uid, u.uid == uid, *conditions).values(**values, update_time=NOW).returning(uploads),
-    )
-
-
-async def add_part(
-    connection: AsyncConnection, project_uid: str, uid: str, epoch: int, start: int, size: int, path: str, scan: Mapping[str, Any]
-) -> Record | None:
-    """A stored part becomes one of the upload's; None: another writer has come, or it is not open."""
-    u = uploads.c
-    changed = await change_upload(
-        connection, project_uid, uid, u.state == "OPEN", u.writer_epoch == epoch, u.persisted_bytes == start, u.expire_time > NOW,
-        persisted_bytes=start + size, scan=scan,
-    )  # fmt: skip
-    if changed is not None:
-        await connection.execute(insert(upload_parts).values(project_uid=project_uid, upload_uid=uid, start=start, size=size, path=path))
-    return changed
-
-
-async def parts(connection: AsyncConnection, project_uid: str, uid: str) -> list[str]:
-    """Object paths of what an upload has stored, in order."""
-    p = upload_parts.c
-    found = await connection.execute(select(p.path).where(p.project_uid == project_uid, p.upload_uid == uid).order_by(p.start))
-    return list(found.scalars())
-
-
-async def uploads_of(connection: AsyncConnection, project_uid: str, dataset_uid: str) -> list[Record]:
-    """All uploads of a dataset that are not deleted, locked."""
-    u = uploads.c
-    statement = select(uploads).where(u.project_uid == project_uid, u.dataset_uid == dataset_uid, u.state != "DELETED")
-    return list((await connection.execute(statement.with_for_update())).mappings())
-
-
-async def stored_bytes(connection: AsyncConnection, project_uid: str) -> int:
-    """Bytes of a project's live versions and open uploads, announced ones included."""
-    v, u = dataset_versions.c, uploads.c
-    kept = select(func.coalesce(func.sum(v.total_bytes), 0)).where(v.project_uid == project_uid, v.state != "DELETED")
-    coming = select(func.coalesce(func.sum(func.greatest(u.persisted_bytes, func.coalesce(u.total_bytes, 0))), 0)).where(
-        u.project_uid == project_uid, u.state == "OPEN"
-    )
-    found = await connection.execute(select(kept.scalar_subquery() + coming.scalar_subquery()))
-    return int(found.scalar_one())
-
-
-async def open_uploads(connection: AsyncConnection, project_uid: str) -> int:
-    """How many uploads of a project take bytes."""
-    u = uploads.c
-    found = await connection.execute(select(func.count()).where(u.project_uid == project_uid, u.state == "OPEN", u.expire_time > NOW))
-    return int(found.scalar_one())
-
-
-async def expire_uploads(connection: AsyncConnection) -> int:
-    """Close uploads whose time is over. Returns how many."""
-    u = uploads.c
-    late = select(u.uid).where(u.state == "OPEN", u.expire_time <= NOW).limit(100).with_for_update(skip_locked=True)
-    found = await connection.execute(update(uploads).where(u.uid.in_(late.scalar_subquery())).values(state="EXPIRED", update_time=NOW))
-    return int(found.rowcount)
-
-
-async def full_uploads(connection: AsyncConnection, limit: int) -> list[Record]:
-    """Uploads whose objects nobody needs any more: given up, or put together as a version."""
-    u, v = uploads.c, dataset_versions.c
-    needed = select(v.uid).where(v.project_uid == u.project_uid, v.upload_uid == u.uid, v.state == "VALIDATING").exists()
-    statement = select(u.project_uid, u.uid).where(u.cleared.is_(False), u.state != "OPEN", ~needed).order_by(u.update_time).limit(limit)
-    return list((await connection.execute(statement)).mappings())
-
-
-async def clear_upload(connection: AsyncConnection, project_uid: str, uid: str) -> None:
-    """Its objects are gone."""
-    p, u = upload_parts.c, uploads.c
-    await connection.execute(delete(upload_parts).where(p.project_uid == project_uid, p.upload_uid == uid))
-    await connection.execute(update(uploads).where(u.project_uid == project_uid, u.uid == uid).values(cleared=True))
 
 
 # --- erasures ---------------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from services.chassis import signing
 from services.chassis.errors import StoreUnavailable
 from services.chassis.objects import Objects
-from services.finetune import dataset_store, replays
+from services.finetune import dataset_store, replays, upload_store
 from services.finetune.queries import Record
 from services.finetune.settings import DatasetSettings
 from services.finetune.store import FineTuneStore
@@ -59,7 +59,7 @@ class Eraser:
     async def once(self) -> None:
         """Erase what there is now."""
         async with self.store.transaction() as connection:
-            await dataset_store.expire_uploads(connection)
+            await upload_store.expire_uploads(connection)
             for row in await dataset_store.expired_versions(connection, AT_ONCE):
                 name = f"projects/{row['project']}/datasets/{row['dataset_name']}/versions/{row['number']}"
                 prefix = f"datasets/{row['project_uid']}/{row['dataset_uid']}/{row['uid']}"
@@ -69,12 +69,12 @@ class Eraser:
                 self._swept = time.monotonic()
                 await replays.sweep(connection)
         async with self.store.transaction() as connection:
-            full = await dataset_store.full_uploads(connection, AT_ONCE)
+            full = await upload_store.full_uploads(connection, AT_ONCE)
             running = await dataset_store.running_deletions(connection, AT_ONCE)
         for row in full:
             await self.objects.delete_prefix(f"uploads/{row['project_uid']}/{row['uid']}")
             async with self.store.transaction() as connection:
-                await dataset_store.clear_upload(connection, row["project_uid"], row["uid"])
+                await upload_store.clear_upload(connection, row["project_uid"], row["uid"])
         for row in running:
             await self._erase(row)
 

@@ -11,7 +11,7 @@ import msgspec
 
 from services.chassis.errors import ChecksumMismatch, QuotaExceeded, UnsupportedFormat, UploadFenced, UploadOffset
 from services.chassis.objects import Objects
-from services.finetune import dataset_store
+from services.finetune import upload_store
 from services.finetune.queries import Record
 from services.finetune.schema.datasets import uploads
 from services.finetune.settings import DatasetSettings
@@ -127,13 +127,13 @@ class UploadWriter:
         size = sum(map(len, pieces))
         async with self._store.transaction() as connection:
             limit = self._settings.stored_bytes_per_project
-            row = await dataset_store.add_part(
+            row = await upload_store.add_part(
                 connection, self._project, self._uid, self._epoch, start, size, path, msgspec.to_builtins(self._scan)
             )
             if row is None:
                 await self._objects.delete(path)  # nobody will know of it
                 raise UploadFenced
-            if limit and row["total_bytes"] is None and await dataset_store.stored_bytes(connection, self._project) > limit:
+            if limit and row["total_bytes"] is None and await upload_store.stored_bytes(connection, self._project) > limit:
                 raise QuotaExceeded("stored_bytes")
         self.persisted = start + size
         if self._hash is not None:
@@ -157,7 +157,7 @@ class UploadWriter:
         u = uploads.c
         metadata = {"rule": breach.rule, "line": str(breach.line), "byte_offset": str(breach.byte_offset)}
         async with self._store.transaction() as connection:
-            row = await dataset_store.change_upload(
+            row = await upload_store.change_upload(
                 connection, self._project, self._uid, u.state == "OPEN", u.writer_epoch == self._epoch, state="REJECTED",
                 failure={"reason": "UNSUPPORTED_FORMAT", "metadata": metadata},
             )  # fmt: skip

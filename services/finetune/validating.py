@@ -5,10 +5,7 @@ State is in SQL and objects alone: a service that dies leaves a claim that runs 
 
 import asyncio
 import logging
-import os
-import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,32 +16,19 @@ import msgspec
 
 from services.chassis.errors import ServiceError, StoreUnavailable
 from services.chassis.objects import Objects
-from services.finetune import dataset_store
+from services.finetune import dataset_store, upload_store
+from services.finetune.hosts import Host, ProcessHost, ThreadHost, ValidatorDied
 from services.finetune.queries import Record
 from services.finetune.schema.datasets import dataset_versions
 from services.finetune.settings import DatasetSettings
 from services.finetune.store import FineTuneStore
-from services.finetune.validation import AGAIN, Outcome, Progress, Task, validate
+from services.finetune.validation import Outcome, Task
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # a version whose validator dies this often is REJECTED: its rows kill whoever reads them
-LINE_BYTES = 4 << 20  # of an outcome: a thousand findings and a thousand labels
-SILENT_SECONDS = 900.0  # a child that says nothing for longer is given up; five million rows are compared in a third of it
 BASE_SECONDS = 5.0  # a validation waits so long for a base that is being fetched
 POLL_SECONDS = 1.0  # between looks for versions that nothing woke us for
-
-
-class ValidatorDied(Exception):
-    """The child ended without an outcome."""
-
-
-class Host(Protocol):
-    """Where a task runs."""
-
-    async def __call__(self, task: Task, progress: Callable[[int], Awaitable[bool]]) -> Outcome | None:
-        """The outcome; None: `progress` said that nobody wants it any more. Raises ValidatorDied, StoreUnavailable."""
-        ...
 
 
 class Base(Protocol):
@@ -72,60 +56,6 @@ class Bases(Protocol):
 def data_path(project_uid: str, dataset_uid: str, version_uid: str) -> str:
     """The object that holds a version's bytes."""
     return f"datasets/{project_uid}/{dataset_uid}/{version_uid}/data"
-
-
-class ProcessHost:
-    """Each task in a child process, killed when it is not wanted any more."""
-
-    async def __call__(self, task: Task, progress: Callable[[int], Awaitable[bool]]) -> Outcome | None:
-        """See Host."""
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.finetune.validation", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            limit=LINE_BYTES, start_new_session=True, env=_environment(os.environ),
-        )  # fmt: skip
-        try:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            child.stdin.write(msgspec.json.encode(task) + b"\n")
-            with suppress(ConnectionError):  # it died: its output ends, too
-                await child.stdin.drain()
-            while line := await asyncio.wait_for(child.stdout.readline(), SILENT_SECONDS):
-                said = msgspec.json.decode(line, type=Progress | Outcome)
-                if isinstance(said, Outcome):
-                    return said
-                if not await progress(said.validated_bytes):
-                    return None
-            if await child.wait() == AGAIN:
-                raise StoreUnavailable
-            raise ValidatorDied
-        except TimeoutError as error:
-            raise ValidatorDied from error
-        finally:
-            with suppress(ProcessLookupError):
-                child.kill()
-            await child.wait()
-            child._transport.close()  # type: ignore[attr-defined]  # its pipes, at once rather than when collected
-
-
-_PASSED = frozenset({"PATH", "PYTHONPATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR"})
-_STORES = ("AWS_", "AZURE_", "GOOGLE_")  # credentials of the object store, which the child opens for itself
-
-
-def _environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """What a child that reads strangers' bytes may know: nothing of the database, no key of ours."""
-    passed = {name: value for name, value in ours.items() if name in _PASSED or name.startswith(_STORES)}
-    return passed | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-@dataclass(frozen=True)
-class ThreadHost:
-    """In a thread of this process, for a store that no other process can see (`memory://`)."""
-
-    objects: Objects
-
-    async def __call__(self, task: Task, progress: Callable[[int], Awaitable[bool]]) -> Outcome | None:
-        """See Host."""
-        return await asyncio.to_thread(validate, self.objects.sync, task, lambda done: None)
 
 
 @dataclass(eq=False)
@@ -227,7 +157,7 @@ class Validators:
         source = ""
         async with self.store.transaction() as connection:
             if row["upload_uid"] is not None:
-                parts = tuple(await dataset_store.parts(connection, project, row["upload_uid"]))
+                parts = tuple(await upload_store.parts(connection, project, row["upload_uid"]))
         if row["redacted"]:
             source = data_path(project, whole, row["source_uid"])
         data = data_path(project, whole, row["uid"])

@@ -4,21 +4,18 @@ It is told a `Task` on standard input, and writes a `Progress` a second and last
 has no database: whoever started it may kill it at any point and start it again.
 """
 
-import hashlib
 import heapq
 import resource
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from services.chassis.objects import ObjectsUnavailable, SyncObjects, open_objects_sync
-from services.finetune import pii
-from services.finetune.records import CsvRecord, Line, csv_records, lines, parse_object
+from services.finetune.derivation import Derived, derive, redact
 from services.finetune.rows import Layout, Row, RowError, read_rows
 from services.finetune.statistics import Counting, Statistics, Summary
 
@@ -61,15 +58,6 @@ class Rule(msgspec.Struct):
     severity: str
     count: int
     first_line: int
-
-
-class Derived(msgspec.Struct, frozen=True):
-    """The clean bytes that were made."""
-
-    sha256: str
-    total_bytes: int
-    skipped_lines: list[int]  # the first thousand
-    skipped_rows: int
 
 
 class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
@@ -137,7 +125,7 @@ def validate(store: SyncObjects, task: Task, tell: Callable[[int], None], counti
     if task.parts:
         _assemble(store, task, pace)
     elif task.source:
-        sha256, total = _redact(store, task, pace)
+        sha256, total = redact(store, task.source, task.data, task.layout, task.kinds, pace.idle)
     findings = Findings()
     statistics = Statistics(task.layout, findings.add, counting, task.row_tokens)
     spans = array("Q")  # [start, end) of rows without error, neighbours joined
@@ -170,7 +158,7 @@ def validate(store: SyncObjects, task: Task, tell: Callable[[int], None], counti
             writer.write(statistics.minima().tobytes())
     derived = None
     if task.derived and bad_rows and valid and not any(rule.startswith(("V3.", "V7.labels")) for rule in findings.rules):
-        derived = _derive(store, task, spans, list(bad), bad_rows)
+        derived = derive(store, task.data, task.derived, task.layout, spans, list(bad), bad_rows)
     tell(total)
     return Outcome(
         sha256, total, valid + bad_rows, valid, findings.total("error"), findings.total("warning"),
@@ -212,75 +200,6 @@ def _assemble(store: SyncObjects, task: Task, pace: _Pace) -> None:
             for piece in store.stream(part):
                 writer.write(piece)
                 pace.idle()
-
-
-def _derive(store: SyncObjects, task: Task, spans: "array[int]", bad: list[int], bad_rows: int) -> Derived:
-    if task.layout.encoding == "csv" and task.layout.header:
-        header = next(record for record in csv_records(store.stream(task.data), task.layout.delimiter) if isinstance(record, CsvRecord))
-        spans = array("Q", (header.offset, header.end)) + spans
-    digest, total = hashlib.sha256(), 0
-    with store.writing(task.derived) as writer:
-        for piece in _spans(store.stream(task.data), spans):
-            writer.write(piece)
-            digest.update(piece)
-            total += len(piece)
-    return Derived(digest.hexdigest(), total, bad, bad_rows)
-
-
-def _spans(pieces: Iterator[bytes], spans: "array[int]") -> Iterator[bytes]:
-    """The bytes of `pieces` that lie in `spans`."""
-    at, index = 0, 0
-    for piece in pieces:
-        end = at + len(piece)
-        while index < len(spans) and spans[index] < end:
-            yield piece[max(0, spans[index] - at) : spans[index + 1] - at]
-            if spans[index + 1] > end:
-                break
-            index += 2
-        at = end
-
-
-def _redact(store: SyncObjects, task: Task, pace: _Pace) -> tuple[str, int]:
-    """Make `data` from `source`, every text without the personal data of the task's kinds. Returns SHA-256 and size."""
-    digest, total = hashlib.sha256(), 0
-    make = _redacted_csv if task.layout.encoding == "csv" else _redacted_json
-    with store.writing(task.data) as writer:
-        for piece in make(store.stream(task.source), task):
-            writer.write(piece)
-            digest.update(piece)
-            total += len(piece)
-            pace.idle()
-    return digest.hexdigest(), total
-
-
-def _redacted_json(pieces: Iterator[bytes], task: Task) -> Iterator[bytes]:
-    for line in lines(pieces):
-        if not isinstance(line, Line) or not line.data.strip(b" \t\r"):
-            continue
-        before = parse_object(line.data.decode())
-        after = _without(before, task.kinds)
-        yield (line.data if after == before else msgspec.json.encode(after)) + b"\n"
-
-
-def _without(value: Any, kinds: Sequence[str]) -> Any:
-    if isinstance(value, str):
-        return pii.redact(value, kinds)
-    if isinstance(value, dict):
-        return {key: _without(each, kinds) for key, each in value.items()}
-    return [_without(each, kinds) for each in value] if isinstance(value, list) else value
-
-
-def _redacted_csv(pieces: Iterator[bytes], task: Task) -> Iterator[bytes]:
-    for record in csv_records(pieces, task.layout.delimiter):
-        if isinstance(record, CsvRecord):
-            yield (
-                task.layout.delimiter.join(_quoted(pii.redact(each, task.kinds), task.layout.delimiter) for each in record.fields) + "\n"
-            ).encode()
-
-
-def _quoted(text: str, delimiter: str) -> str:
-    needs = any(each in text for each in (delimiter, '"', "\n", "\r"))
-    return '"' + text.replace('"', '""') + '"' if needs else text
 
 
 def main() -> None:

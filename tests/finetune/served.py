@@ -22,11 +22,12 @@ from services.chassis.lists import PageTokens
 from services.chassis.objects import Objects, open_objects
 from services.chassis.server import Listener, serve
 from services.finetune.erasing import Eraser
+from services.finetune.hosts import ThreadHost
 from services.finetune.servicers.dataset import SERVICE, DatasetServicer
 from services.finetune.servicers.resources import Desk
 from services.finetune.settings import DatasetSettings
 from services.finetune.store import FineTuneStore, open_store
-from services.finetune.validating import ThreadHost, Validators
+from services.finetune.validating import Validators
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))  # the same in every process of a benchmark
 AUDIENCE = "argosy.finetune"

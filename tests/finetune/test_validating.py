@@ -14,8 +14,9 @@ from sqlalchemy import text
 from argosy.v1 import dataset_pb2 as pb
 from services.chassis.errors import StoreUnavailable
 from services.finetune import dataset_store
+from services.finetune.hosts import ProcessHost, ValidatorDied
 from services.finetune.settings import DatasetSettings
-from services.finetune.validating import ATTEMPTS, ProcessHost, ValidatorDied, Validators
+from services.finetune.validating import ATTEMPTS, Validators
 from services.finetune.validation import Outcome, Task, validate
 from tests.finetune.served import Served, datasets_served
 from tests.finetune.test_dataset import ROWS

@@ -28,7 +28,7 @@ from services.chassis.errors import (
     WrongState,
 )
 from services.chassis.objects import Objects
-from services.finetune import dataset_store
+from services.finetune import dataset_store, upload_store
 from services.finetune.dataset_store import layout_of
 from services.finetune.datasets import Dependants
 from services.finetune.pii import KINDS
@@ -161,12 +161,12 @@ class DatasetServicer:
             limit = self.settings.upload_bytes
             if limit and (announced or 0) > limit:
                 raise QuotaExceeded("upload_bytes")
-            row = await dataset_store.add_upload(connection, who.project_uid, parent["uid"], announced, request.sha256)
+            row = await upload_store.add_upload(connection, who.project_uid, parent["uid"], announced, request.sha256)
             limit = self.settings.stored_bytes_per_project
-            if limit and await dataset_store.stored_bytes(connection, who.project_uid) > limit:
+            if limit and await upload_store.stored_bytes(connection, who.project_uid) > limit:
                 raise QuotaExceeded("stored_bytes")
             limit = self.settings.open_uploads_per_project
-            if limit and await dataset_store.open_uploads(connection, who.project_uid) > limit:
+            if limit and await upload_store.open_uploads(connection, who.project_uid) > limit:
                 raise QuotaExceeded("open_uploads")
             return messages.upload(row, request.parent)
 
@@ -187,7 +187,7 @@ class DatasetServicer:
 
         async def work(connection: AsyncConnection) -> pb.Upload:
             row = _open(await _upload(connection, request.name, lock=True))
-            changed = await dataset_store.change_upload(connection, row["project_uid"], row["uid"], writer_epoch=uploads.c.writer_epoch + 1)
+            changed = await upload_store.change_upload(connection, row["project_uid"], row["uid"], writer_epoch=uploads.c.writer_epoch + 1)
             assert changed is not None  # its row is locked
             return messages.upload(changed, _above(request.name))
 
@@ -236,7 +236,7 @@ class DatasetServicer:
         who = caller()
         async with self.desk.store.transaction() as connection:
             before = await _upload(connection, request.name)
-            parts = await dataset_store.parts(connection, who.project_uid, before["uid"])
+            parts = await upload_store.parts(connection, who.project_uid, before["uid"])
         sha256 = ""
         if before["state"] == "OPEN" and before["persisted_bytes"] == request.total_bytes:
             known = self._hashers.at(before["uid"], before["persisted_bytes"])
@@ -264,7 +264,7 @@ class DatasetServicer:
                     connection, parent, layout, sha256=sha256, total_bytes=row["persisted_bytes"], upload_uid=row["uid"],
                     skip_errors=request.on_error == pb.ON_ROW_ERROR_SKIP,
                 )  # fmt: skip
-            await dataset_store.change_upload(connection, who.project_uid, row["uid"], state="FINALIZED", version_uid=found["uid"])
+            await upload_store.change_upload(connection, who.project_uid, row["uid"], state="FINALIZED", version_uid=found["uid"])
             return await self._version(connection, found, above)
 
         shown = await self.desk.change("FinalizeUpload", request, pb.DatasetVersion, work)
@@ -281,7 +281,7 @@ class DatasetServicer:
         async def work(connection: AsyncConnection) -> deletion_pb2.Deletion:
             row = await _upload(connection, request.name, lock=True)
             needed = row["state"] == "FINALIZED"  # its parts are the version's until they are put together; then they go anyway
-            await dataset_store.change_upload(connection, who.project_uid, row["uid"], state="DELETED", scan={}, failure=None)
+            await upload_store.change_upload(connection, who.project_uid, row["uid"], state="DELETED", scan={}, failure=None)
             gone = () if needed else (f"uploads/{who.project_uid}/{row['uid']}",)
             made = await dataset_store.add_deletion(connection, who.project_uid, request.name, [request.name], gone, {})
             return messages.deletion(made, who.project)
@@ -403,9 +403,9 @@ class DatasetServicer:
             lists.check_etag(request.etag, row["uid"], row["revision"])
             project = row["project_uid"]
             versions = await dataset_store.versions_of(connection, project, row["uid"])
-            opened = await dataset_store.uploads_of(connection, project, row["uid"])
+            opened = await upload_store.uploads_of(connection, project, row["uid"])
             for each in opened:
-                await dataset_store.change_upload(connection, project, each["uid"], state="DELETED", scan={}, failure=None)
+                await upload_store.change_upload(connection, project, each["uid"], state="DELETED", scan={}, failure=None)
             made = await self._erase(
                 connection, request.name, versions, request.name, request.cascade, also=(request.name,),
                 prefixes=(f"datasets/{project}/{row['uid']}", *(f"uploads/{project}/{each['uid']}" for each in opened)),
@@ -499,7 +499,7 @@ async def _version(connection: AsyncConnection, name: str, field: str = "name", 
 async def _upload(connection: AsyncConnection, name: str, field: str = "name", *, lock: bool = False) -> Record:
     segment, uid = own(name, UPLOAD_NAME, field)
     parent = await dataset_store.dataset(connection, caller().project_uid, segment)
-    row = None if parent is None else await dataset_store.upload(connection, parent["project_uid"], parent["uid"], uid, lock=lock)
+    row = None if parent is None else await upload_store.upload(connection, parent["project_uid"], parent["uid"], uid, lock=lock)
     if row is None:
         raise ResourceNotFound(field)
     return row
