@@ -111,7 +111,8 @@ class FineTuneServicer:
             raise FieldInvalid("fine_tune_job.model", "required")
         if spec.method not in METHODS:
             raise FieldInvalid(f"{path}.method", "required")
-        if spec.method == pb.TUNE_METHOD_PREFERENCE and self._device == "cpu":
+        # Its reference is the base, which a run that changes every weight no longer has; nor is it a sum over single examples.
+        if spec.method == pb.TUNE_METHOD_PREFERENCE and (spec.WhichOneof("adapter") == "full" or spec.HasField("privacy")):
             raise ModelCapability(f"{path}.method", "PREFERENCE")
         train = await self._version(connection, spec.train_version, f"{path}.train_version", spec.method)
         held: TrainingVersion | None = None
