@@ -1,0 +1,179 @@
+"""The whole path as a tenant walks it: rows up, a job to its end, a version on every replica, an answer from it, an alias, an erasure."""
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from argosy import AsyncClient, aio_tuning, errors
+from argosy.v1 import finetune_pb2, model_pb2
+from tests.fleet.running import ROOT, TUNER_SCOPES, Fleet, environment
+
+DATA = ROOT / "examples" / "data"
+CLASSES = {"technology", "sports", "finance", "health", "travel", "food"}
+Job = finetune_pb2.FineTuneJob
+
+
+def tuner(fleet: Fleet) -> AsyncClient:
+    """A project of the test's own that may tune."""
+    return AsyncClient(fleet.address, fleet.tenant(TUNER_SCOPES).key, timeout_s=30)
+
+
+async def classifier(
+    client: AsyncClient, **more: int
+) -> tuple[aio_tuning.AsyncTuning, list[finetune_pb2.JobEvent], model_pb2.ModelVersion]:
+    """A short job on the sentences, its whole log, and its version."""
+    choices = {"max_steps": 6, "batch_size": 16, "rank": 4, "seed": 5} | more
+    tuning = await client.tune(DATA / "sentences.tsv", base="tiny", method="classify", held_out=DATA / "heldout.tsv", **choices)
+    events: list[finetune_pb2.JobEvent] = []
+    return tuning, events, await tuning.wait(seen=events.append)
+
+
+@pytest.mark.timeout(240)
+async def test_a_tuned_classifier_answers_from_every_replica(tiny: Fleet) -> None:
+    async with tuner(tiny) as client:
+        tuning, events, version = await classifier(client)
+        assert tuning.job.step == tuning.job.target_step == 6 and tuning.job.model_version == version.name
+        assert [each.sequence for each in events] == sorted({each.sequence for each in events})
+        states = [Job.State.Name(each.state.state).removeprefix("STATE_") for each in events if each.HasField("state")]
+        assert (states[0], states[-1]) == ("QUEUED", "SUCCEEDED") and "RUNNING" in states
+        servable = [each.servable for each in events if each.HasField("servable")]
+        assert servable[0].replicas >= 1 and servable[0].model_version == version.name
+        assert {each.metric.name for each in events if each.HasField("metric")} >= {"loss"}
+        assert set(version.tuned_labels) == CLASSES
+        assert version.HasField("calibration") and version.lineage.fine_tune_job == tuning.name and version.signed_manifest
+
+        replies = await asyncio.gather(*(client.classify("银行下调存款利率", model=version.name) for _ in range(12)))
+        for reply in replies:
+            labels = reply.results[0].labels
+            assert {each.label for each in labels} == CLASSES and sum(each.probability for each in labels) == pytest.approx(1, abs=1e-4)
+            assert reply.model.version == version.name and reply.model.adapter_digest == version.adapter_digest
+        first = [each.probability for each in replies[0].results[0].labels]
+        assert all([each.probability for each in reply.results[0].labels] == pytest.approx(first, abs=1e-5) for reply in replies)
+        by_model = await client.classify("银行下调存款利率", model=version.name.partition("/versions/")[0])
+        assert by_model.model.version == version.name
+        told = await client.explain("银行下调存款利率", model=version.name)
+        assert told.attributions and told.model.version == version.name
+
+
+@pytest.mark.timeout(240)
+async def test_the_same_rows_are_the_same_version_and_the_next_job_the_next(tiny: Fleet) -> None:
+    async with tuner(tiny) as client:
+        first, _, one = await classifier(client)
+        second, _, two = await classifier(client)
+        assert first.data.name == second.data.name
+        assert (one.name[-2:], two.name[-2:]) == ("/1", "/2")
+        assert [each.name async for each in client.registry.versions("sentences")][-1] in (one.name, two.name)
+
+
+@pytest.mark.timeout(240)
+async def test_a_tuned_chat_speaks(tiny: Fleet) -> None:
+    async with tuner(tiny) as client:
+        tuning = await client.tune(DATA / "chat.jsonl", base="tiny", method="chat", model="clerk", max_steps=4, rank=4, seed=5)
+        version = await tuning.wait()
+        async with client.stream_chat("Do you ship bicycles?", model=version.name) as stream:
+            async for _ in stream:
+                break
+        result = await client.chat("Do you ship bicycles?", model="/".join((await client.project(), "models/clerk")))
+        assert result.started.model.version == version.name
+        with pytest.raises(errors.FailedPrecondition):
+            await client.classify("no head", model=version.name)
+
+
+@pytest.mark.timeout(240)
+async def test_a_job_is_paused_goes_on_and_is_ended(tiny: Fleet) -> None:
+    async with tuner(tiny) as client:
+        tuning = await client.tune(
+            DATA / "sentences.tsv", base="tiny", method="classify", epochs=100, checkpoint_interval_steps=2, batch_size=16, rank=4
+        )
+        states: list[int] = []
+
+        async def until(state: int) -> None:
+            async with asyncio.timeout(90):
+                async for event in tuning.events():
+                    if event.HasField("state"):
+                        states.append(event.state.state)
+                    if event.HasField("metric") and state == Job.STATE_RUNNING:
+                        return
+                    if states and states[-1] == state != Job.STATE_RUNNING:
+                        return
+
+        await until(Job.STATE_RUNNING)
+        await tuning.pause()
+        await until(Job.STATE_PAUSED)
+        kept = [each.step async for each in client.jobs.checkpoints(tuning.name)]
+        assert kept and kept[0] >= 1
+        await tuning.resume()
+        await tuning.cancel()
+        with pytest.raises(errors.JobFailed) as ended:
+            await client.jobs.wait(tuning.name)
+        assert ended.value.job.state == Job.STATE_CANCELLED
+
+
+@pytest.mark.timeout(240)
+async def test_a_version_is_promoted_on_evidence_only(tiny: Fleet) -> None:
+    async with tuner(tiny) as client:
+        _, _, version = await classifier(client)
+        held_out = await aio_tuning.prepared(client, DATA / "heldout.tsv", "classify")
+        try:
+            done = await client.registry.promote(version.name, held_out.name, max_rows=24)
+        except errors.EvaluationNotPassed as refused:
+            evaluation = refused.evaluation
+            assert not all(each.passed for each in evaluation.comparisons)
+        else:
+            assert done.evaluation is not None and done.alias.targets[0].version == version.name
+            evaluation = done.evaluation
+        assert {each.model for each in evaluation.scores} >= {version.name, "models/tiny"} and evaluation.signed_verdict
+        with pytest.raises(errors.PermissionDenied):
+            await client.registry.promote(version.name, force=True)
+
+
+@pytest.mark.timeout(240)
+async def test_nobody_else_sees_rows_job_or_model(tiny: Fleet) -> None:
+    async with tuner(tiny) as client, tuner(tiny) as other:
+        tuning, _, version = await classifier(client, max_steps=2)
+        for call in (
+            other.jobs.get(tuning.name),
+            other.registry.version(version.name),
+            other.datasets.version(tuning.data.name),
+            other.classify("x", model=version.name),
+        ):
+            with pytest.raises(errors.NotFound):
+                await call
+        assert [each.name async for each in other.jobs.list()] == []
+
+
+@pytest.mark.timeout(240)
+async def test_the_command_line_does_it_all(tiny: Fleet, tmp_path: Path) -> None:
+    variables = {"ARGOSY_ADDRESS": tiny.address, "ARGOSY_API_KEY": tiny.tenant(TUNER_SCOPES).key, "XDG_CACHE_HOME": str(tmp_path)}
+
+    async def argosy(*arguments: str) -> list[dict[str, object]]:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "argosy", "--json", *arguments),
+            cwd=ROOT,
+            env=environment(tmp_path) | variables | {"PATH": os.environ.get("PATH", "")},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        said, failed = await child.communicate()
+        assert child.returncode == 0, failed.decode()
+        return [json.loads(line) for line in said.splitlines()]
+
+    columns = ("--text-column", "review", "--label-column", "sentiment")
+    lines = await argosy(
+        *("tune", str(DATA / "reviews.tsv"), "--base", "tiny", "--method", "classify", "--max-steps", "3", "--rank", "4", *columns)
+    )
+    assert list(lines[0]) == ["dataset_version"] and list(lines[1]) == ["job"] and list(lines[-1]) == ["model_version"]
+    assert {"state", "servable"} <= {kind for line in lines[2:-1] for kind in line["event"]}
+    (answered,) = await argosy("-m", "reviews", "classify", "Best purchase of the year")
+    assert {each["label"] for each in answered["results"][0]["labels"]} == {"positive", "neutral", "negative"}
+    (job,) = await argosy("jobs")
+    assert job["state"] == "STATE_SUCCEEDED"
+    await argosy("plot", str(job["name"]), "--png", str(tmp_path / "curve.png"))
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    archive = tmp_path / "adapter"
+    await argosy("models", "export", "reviews/1", "--to", str(archive))
+    assert archive.stat().st_size > 1_000
