@@ -30,11 +30,11 @@ class InferenceSettings:
     cache_dir: str | None = None  # of prepared weights; None: the user's cache
     int8: bool = False  # layers on a CPU in int8: about 1.2 times as fast, 94 % of float32's greedy tokens for 99 %
     # Adapters.
-    store_url: str | None = None  # where they lie, such as file:///var/lib/argosy; None: the base alone is served
-    adapter_slots: int = field(default=16, metadata={"minimum": 0, "maximum": 256})  # that one step can mix; more take turns
+    store_url: str | None = None  # where adapters lie, such as file:///var/lib/argosy; None: the base alone is served
+    adapter_slots: int = field(default=16, metadata={"minimum": 0, "maximum": 256})  # adapters that one step can mix; more than that take turns
     # Whom it believes.
     caller_public_keys: tuple[str, ...] = ()  # `kid=path` of an Ed25519 public key in PEM
-    manifest_public_keys: tuple[str, ...] = ()  # the same, of who signs adapters
+    manifest_public_keys: tuple[str, ...] = ()  # `kid=path`, as above, of who signs adapters
     # Streams.
     heartbeat_seconds: float = field(default=15.0, metadata={"minimum": 0.01, "maximum": 15.0})
     write_stall_seconds: float = field(default=30.0, metadata={"minimum": 0.01})  # a full stream not read for this long is ended

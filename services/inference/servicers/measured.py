@@ -65,7 +65,10 @@ class Work:
         if self._calls > SPANS:
             yield told
             return
-        span = self.telemetry.tracer.start_span(f"engine {type(call).__name__.lower()}", attributes=self._names, start_time=began_ns)
+        names = self._names
+        if adapter := getattr(call, "adapter", ""):
+            names["argosy.adapter.digest"] = adapter
+        span = self.telemetry.tracer.start_span(f"engine {type(call).__name__.lower()}", attributes=names, start_time=began_ns)
         try:
             yield told
         except BaseException as error:
