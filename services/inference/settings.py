@@ -31,7 +31,7 @@ class InferenceSettings:
     int8: bool = False  # layers on a CPU in int8: about 1.2 times as fast, 94 % of float32's greedy tokens for 99 %
     # Adapters.
     store_url: str | None = None  # where adapters lie, such as file:///var/lib/argosy; None: the base alone is served
-    adapter_slots: int = field(default=16, metadata={"minimum": 0, "maximum": 256})  # adapters that one step can mix; more than that take turns
+    adapter_slots: int = field(default=16, metadata={"minimum": 0, "maximum": 256})  # adapters that one step can mix; more take turns
     # Whom it believes.
     caller_public_keys: tuple[str, ...] = ()  # `kid=path` of an Ed25519 public key in PEM
     manifest_public_keys: tuple[str, ...] = ()  # `kid=path`, as above, of who signs adapters
