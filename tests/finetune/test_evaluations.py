@@ -33,11 +33,6 @@ NAME = "projects/news/models/titles"
 LABELS = ["sport", "tech"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: Any) -> Path:
-    return world.base(tmp_path_factory.mktemp("base"))
-
-
 @dataclass
 class Host:
     """Says how many of 100 rows each model gets right; may be told to die or to wait first."""

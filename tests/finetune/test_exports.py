@@ -25,11 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 IDS = torch.tensor([[2, 17, 40, 99, 5, 311, 8]])
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: Any) -> Path:
-    return world.base(tmp_path_factory.mktemp("base"))
-
-
 async def whole(entries: list[Entry], offset: int = 0) -> bytes:
     return b"".join([piece async for piece in archive(entries, 1_700_000_000, offset)])
 

@@ -25,11 +25,6 @@ from tests.finetune.trainer import world
 NAME = "projects/news/models/titles"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: Any) -> Path:
-    return world.base(tmp_path_factory.mktemp("base"))
-
-
 async def checkpoint(house: House, base: Path, method: str = "CHAT", step: int = 40, spoil: bool = False, **spec: Any) -> str:
     """A committed checkpoint of a job; returns its resource name."""
     classify = method == "CLASSIFY"

@@ -21,15 +21,9 @@ from services.finetune.server import AUDIENCE, finetune
 from services.finetune.settings import FineTuneSettings
 from tests.finetune.adapters import BASE, tenant
 from tests.finetune.test_transfers import header, parts
-from tests.finetune.trainer import world
 
 NAME = "projects/news/models/titles"
 KEY = Ed25519PrivateKey.generate()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: Any) -> Path:
-    return world.base(tmp_path_factory.mktemp("base"))
 
 
 @dataclass

@@ -28,14 +28,8 @@ from services.finetune.servicers.model import ModelServicer
 from services.finetune.servicers.resources import Desk
 from tests.finetune import zoo
 from tests.finetune.adapters import BASE, SIGNER, House, called, file, lora, registry, tenant
-from tests.finetune.trainer import world
 
 NAME = "projects/news/models/titles"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: Any) -> Path:
-    return world.base(tmp_path_factory.mktemp("base"))
 
 
 class Service:
@@ -153,7 +147,7 @@ async def test_a_stream_of_another_form_is_refused(finetune_url: str, base: Path
             ([header(), *config], ArtifactRejected),
             ([header(), *config, *weights, *config], ArtifactRejected),
             ([header(), *broken, *weights], ChecksumMismatch),
-            ([header(method=finetune_pb2.TUNE_METHOD_PREFERENCE), *config, *weights], FieldInvalid),
+            ([header(method=finetune_pb2.TUNE_METHOD_UNSPECIFIED), *config, *weights], FieldInvalid),
             ([header(tuned_labels=["a", "b"]), *config, *weights], FieldInvalid),
             ([header(parent="projects/news/models/none"), *config, *weights], ResourceNotFound),
             ([header(parent="projects/other/models/titles"), *config, *weights], ResourceNotFound),

@@ -23,7 +23,11 @@ from services.finetune.servicers.resources import Desk, own
 
 ORDERS = frozenset({"create_time", "update_time"})
 STATES = frozenset({"QUEUED", "RUNNING", "PASSED", "NOT_PASSED", "FAILED"})
-MEASURES = {TuneMethod.TUNE_METHOD_CLASSIFY: ("classify", "ACCURACY"), TuneMethod.TUNE_METHOD_CHAT: ("chat", "LOSS")}
+MEASURES = {
+    TuneMethod.TUNE_METHOD_CLASSIFY: ("classify", "ACCURACY"),
+    TuneMethod.TUNE_METHOD_CHAT: ("chat", "LOSS"),
+    TuneMethod.TUNE_METHOD_PREFERENCE: ("preference", "ACCURACY"),
+}
 AT = "evaluation."
 SEED_BITS = 48
 

@@ -33,7 +33,9 @@ from services.finetune.servicers.resources import Desk, caller, own
 PIECE_BYTES = 512 << 10  # of one message
 WINDOW_TOKENS = 1_024  # of a classified text, where training did not say
 PARTS = {pb.IMPORT_PART_CONFIG: CONFIG, pb.IMPORT_PART_WEIGHTS: WEIGHTS, pb.IMPORT_PART_HEAD: HEAD}
-METHODS = {TuneMethod.TUNE_METHOD_CHAT: "CHAT", TuneMethod.TUNE_METHOD_CLASSIFY: "CLASSIFY"}
+METHODS = {
+    TuneMethod.TUNE_METHOD_CHAT: "CHAT", TuneMethod.TUNE_METHOD_PREFERENCE: "CHAT", TuneMethod.TUNE_METHOD_CLASSIFY: "CLASSIFY",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

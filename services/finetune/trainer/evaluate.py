@@ -2,7 +2,8 @@
 
 A task comes as one line of JSON on the standard input. Lines of JSON go out: `{"rows": n}` as rows are measured, and at the end
 `{"outcomes": {name: {"values": […], "weights": […]}}}`, or `{"failed": rule}` for what cannot be measured. Rows and order are the same
-for all. A classifier is right or wrong; a chat has nats and supervised tokens.
+for all. A classifier is right or wrong, and so is a preference: is the chosen answer the likelier one? A chat has nats and supervised
+tokens.
 """
 
 import hashlib
@@ -22,13 +23,13 @@ from safetensors.torch import load as tensors_of
 
 from services.chassis.objects import SyncObjects, open_objects_sync
 from services.finetune.examining import Examinee, Task
-from services.finetune.rows import Row, RowError, read_rows
+from services.finetune.rows import Row, RowError, Turn, read_rows
 from services.finetune.trainer.batches import Batch, Example, layout
 from services.finetune.trainer.lora import LoraLinear
 from services.finetune.trainer.model import Base, load
 from services.finetune.trainer.rendering import Renderer
 from services.finetune.trainer.spec import Lora
-from services.pretrained.templates import load_template
+from services.pretrained.templates import TemplateRefused, load_template
 from services.pretrained.tokenizer import Tokenizer
 
 __all__ = ["Measured", "Unmeasurable", "measure"]
@@ -69,10 +70,8 @@ def measure(task: Task, objects: SyncObjects, progress: Callable[[int], None] = 
     base.model.eval()
     renderer = Renderer.of(tokenizer, load_template(directory, tokenizer, tokenizer.prefix), base.end_ids)
     rows = _drawn(_rows(objects, task), task)
-    room = min(base.context, ROW_TOKENS)
-    chats = [renderer.chat(row.messages) for row in rows if row.messages]
-    chats = [chat for chat in chats if max(len(example.ids) for example in chat) <= room]
-    count = len(chats) if task.layout.format == "chat" else len(rows)
+    chats = _chats(renderer, rows, task.layout.format, min(base.context, ROW_TOKENS))
+    count = len(rows) if task.layout.format == "classify" else len(chats)
     if count == 0:
         raise Unmeasurable("no_rows")
     known = _labels(task.examinees)
@@ -88,6 +87,8 @@ def measure(task: Task, objects: SyncObjects, progress: Callable[[int], None] = 
         with torch.no_grad(), _tuned(base, examinee, objects) as head:
             if task.layout.format == "chat":
                 measured[examinee.name] = Measured(*_chat(base, chats, tell))
+            elif task.layout.format == "preference":
+                measured[examinee.name] = Measured(_preferred(base, chats, tell), [])
             elif head is not None:
                 measured[examinee.name] = Measured(_classified(base, renderer, rows, examinee, head, tell), [])
             else:
@@ -116,6 +117,21 @@ def _drawn(rows: list[Row], task: Task) -> list[Row]:
     if task.max_rows is None or task.max_rows >= len(rows):
         return rows
     return [rows[at] for at in sorted(random.Random(task.seed).sample(range(len(rows)), task.max_rows))]
+
+
+def _chats(renderer: Renderer, rows: Sequence[Row], form: str, room: int) -> list[list[Example]]:
+    """Each row's examples, a preference's chosen answer before the rejected one; rows with one longer than `room` are left out."""
+    found: list[list[Example]] = []
+    try:
+        for row in rows:
+            if form == "chat":
+                found.append(renderer.chat(row.messages))
+            elif form == "preference":
+                answers = (renderer.chat([Turn("user", row.prompt), Turn("assistant", said)]) for said in (row.chosen, row.rejected))
+                found.append([answer[-1] for answer in answers])
+    except TemplateRefused:
+        raise Unmeasurable("template") from None
+    return [chat for chat in found if max(len(example.ids) for example in chat) <= room]
 
 
 def _labels(examinees: Sequence[Examinee]) -> tuple[str, ...]:
@@ -218,6 +234,12 @@ def _chat(base: Base, chats: Sequence[Sequence[Example]], tell: Callable[[int], 
     return values, [float(sum(example.supervised for example in chat)) for chat in chats]
 
 
+def _preferred(base: Base, pairs: Sequence[Sequence[Example]], tell: Callable[[int], None]) -> list[float]:
+    """1 where the chosen answer is the likelier one."""
+    found = iter(_nats(base, [example for pair in pairs for example in pair], lambda more: tell(more // 2)))
+    return [float(next(found) < next(found)) for _ in pairs]
+
+
 def _classified(
     base: Base, renderer: Renderer, rows: Sequence[Row], examinee: Examinee, head: tuple[torch.Tensor, torch.Tensor],
     tell: Callable[[int], None],
@@ -264,14 +286,8 @@ def _zero_shot(base: Base, renderer: Renderer, rows: Sequence[Row], labels: Sequ
 def _answered(renderer: Renderer, text: str, labels: Sequence[str], label: str) -> Example:
     """The label as the answer to a question that names all of them."""
     asked = f"Which of these labels fits the text best: {', '.join(labels)}?\n\n{text[:ZERO_SHOT_CHARACTERS]}"
-    (example,) = renderer.chat([_Said("user", asked), _Said("assistant", label)])
+    (example,) = renderer.chat([Turn("user", asked), Turn("assistant", label)])
     return example
-
-
-@dataclass(frozen=True)
-class _Said:
-    role: str
-    content: str
 
 
 # --- the process ------------------------------------------------------------------------------------------------------------------------

@@ -116,6 +116,20 @@ class Said(msgspec.Struct):
     content: str
 
 
+def test_a_preference_is_right_where_the_chosen_answer_is_likelier(tmp_path, tiny_base, objects):
+    rows = [("hello", "yes the tech", "no"), ("hello", "no", "yes the tech"), ("the world", "no", "yes")]
+    data = b"".join(json.dumps({"prompt": a, "chosen": b, "rejected": c}).encode() + b"\n" for a, b, c in rows)
+    found = measure(task(tmp_path, objects, tiny_base, data, "preference", Examinee("base")), objects)["base"]
+    answers = [
+        json.dumps({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}).encode() + b"\n"
+        for asked, *both in rows
+        for said in both
+    ]
+    nats = measure(task(tmp_path, objects, tiny_base, b"".join(answers), "chat", Examinee("base")), objects)["base"].values
+    assert found.values == [float(nats[at] < nats[at + 1]) for at in (0, 2, 4)]
+    assert found.values[0] != found.values[1]
+
+
 def test_long_texts_are_read_in_windows_and_their_probabilities_averaged(tmp_path, tiny_base, objects):
     candidate, _ = tuned(tiny_base, objects, "candidate", Lora(4, 8.0), steps=2)
     text = "hello world tech " * 12
