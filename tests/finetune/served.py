@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -153,3 +154,14 @@ async def datasets_served(
                     await asyncio.gather(*working, return_exceptions=True)
             await serving.drain(announce_s=0, grace_s=0)
     objects.close()
+
+
+async def main(database_url: str, folder: str) -> None:
+    """Serve in a process of its own until killed; the first line is the address."""
+    async with datasets_served(database_url, folder, processes=True) as served:
+        print(served.address, flush=True)
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

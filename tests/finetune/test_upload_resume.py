@@ -5,7 +5,10 @@ import errno
 import hashlib
 import os
 import random
+import sys
+import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import google_crc32c
 import grpc
@@ -13,9 +16,10 @@ import pytest
 from sqlalchemy import text
 
 from argosy.v1 import dataset_pb2 as pb
-from argosy.v1 import error_pb2
+from argosy.v1 import dataset_pb2_grpc, error_pb2
 from services.finetune import upload_writer
 from services.finetune.settings import DatasetSettings
+from services.finetune.store import open_store
 from tests.finetune.served import Served, Tenant, datasets_served
 from tests.finetune.test_dataset import ROWS, emptied, read, refusal
 
@@ -367,3 +371,74 @@ async def test_a_hang_up_leaves_no_task_and_no_half_part(served: Served) -> None
         assert await served.objects.get(path) == BIG[start : start + size]
         at += size
     assert at == await persisted(tenant, upload)
+
+
+async def served_process(database_url: str, folder: Path) -> tuple[asyncio.subprocess.Process, str]:
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.finetune.served", database_url, str(folder),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    assert child.stdout is not None
+    return child, (await child.stdout.readline()).decode().strip()
+
+
+async def test_F1_a_killed_service_loses_no_acknowledged_byte_and_goes_on(finetune_url: str, tmp_path: Path) -> None:
+    big = b"".join(b'{"text":"%06d%s","label":"a"}\n' % (i, b"x" * 4_000) for i in range(7_000))  # 28 MB: several parts of 8 MiB
+    draw = random.Random(3)
+    project, uid = "killed", str(uuid.uuid4())
+    upload: pb.Upload | None = None
+    acknowledged, kills, version = 0, 0, None
+    while version is None:
+        child, address = await served_process(finetune_url, tmp_path / "objects")
+        async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            tenant = Tenant(dataset_pb2_grpc.DatasetServiceStub(channel), project, uid)
+            if upload is None:
+                upload = await opened(tenant)
+                epoch = upload.writer_epoch
+            else:
+                resumed = await tenant("ResumeUpload", pb.ResumeUploadRequest(name=upload.name))
+                assert resumed.persisted_bytes >= acknowledged
+                acknowledged, epoch = resumed.persisted_bytes, resumed.writer_epoch
+            writing = asyncio.create_task(tenant.write(upload, big[acknowledged:], acknowledged, epoch, size=512 << 10))
+            if kills < 2:
+                target = acknowledged + draw.randrange(1, 9 << 20)
+                async with asyncio.timeout(60):
+                    while not writing.done() and (seen := await persisted(tenant, upload)) < target:
+                        acknowledged = seen
+                        await asyncio.sleep(0.005)
+                child.kill()
+                await child.wait()
+                kills += 1
+                await asyncio.gather(writing, return_exceptions=True)
+                continue
+            assert await writing == len(big)
+            version = await tenant.finalize(upload, big)
+        child.kill()  # while the version is validated
+        await child.wait()
+    child, address = await served_process(finetune_url, tmp_path / "objects")
+    async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        tenant = Tenant(dataset_pb2_grpc.DatasetServiceStub(channel), project, uid)
+        assert await tenant.finalize(upload, big) == await tenant("GetDatasetVersion", pb.GetDatasetVersionRequest(name=version.name))
+        async with open_store(finetune_url, wait=True) as store, store.transaction() as connection:
+            await connection.execute(text("UPDATE dataset_versions SET claim_time = claim_time - interval '1 minute'"))
+        done = await tenant.validated(version.name)
+        assert (done.state, done.sha256) == (done.STATE_READY, hashlib.sha256(big).hexdigest())
+    child.kill()
+    await child.wait()
+
+
+async def test_readers_that_leave_hold_nothing(served: Served) -> None:
+    tenant = served.tenant()
+    version = await tenant.version((await tenant.dataset()).name, BIG * 6)
+
+    def files() -> int:
+        return sum(1 for fd in os.listdir("/proc/self/fd") if "/objects/" in os.path.realpath(f"/proc/self/fd/{fd}"))
+
+    assert files() == 0
+    for _ in range(5):
+        call = tenant.stub.ReadDatasetVersion(pb.ReadDatasetVersionRequest(name=version.name), metadata=tenant.metadata(), timeout=20)
+        assert (await call.read()).data == BIG[: 512 << 10]
+        call.cancel()
+    async with asyncio.timeout(10):
+        while files():
+            await asyncio.sleep(0.01)
