@@ -9,7 +9,6 @@ shrinks the step before it fails anybody, and every call ends through `_finish`,
 
 import heapq
 import logging
-import math
 import time
 import traceback
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from services.inference.engine.adapters import State as Having
 from services.inference.engine.blocks import Blocks, root_key
 from services.inference.engine.calls import (
     Abort,
-    AdapterReady,
     Call,
     Done,
     Drain,
@@ -50,6 +48,7 @@ from services.inference.engine.calls import (
 from services.inference.engine.inbox import Inbox, Message
 from services.inference.engine.live import MOST_OUTPUTS, Live, refusal
 from services.inference.engine.meter import Meter
+from services.inference.engine.prefetches import NOTHING, Prefetches
 from services.inference.engine.scheduler import Plan, Scheduler
 from services.inference.engine.sequence import Sequence, State
 from services.inference.engine.settings import EngineSettings
@@ -125,7 +124,7 @@ class Engine:
         self._scheduler = Scheduler(self.blocks, self._most_tokens, settings.max_sequences, self._slots)
         self._adapters = Adapters(fetch or (lambda key: None), clock)
         self._expecting: dict[str, dict[int, Live]] = {}  # calls whose adapter is being fetched, by its key
-        self._prefetches: dict[str, tuple[Prefetch, Entry, float]] = {}  # by id, and until when
+        self._prefetches = Prefetches(self._adapters, clock, self._say)
         self._weighing = weighing
         self._weighed: dict[str, Weigh] = {}  # asked for, by id
         self._clock = clock
@@ -157,9 +156,9 @@ class Engine:
         waiting = sum(map(len, self._expecting.values()))
         if self._events or waiting < len(self._lives):
             return 0.0
-        now, ends = self._clock(), [until for _, _, until in self._prefetches.values()]
-        due = min([*ends, self._alarms[0][0] if self._alarms else math.inf])
-        return max(0.0, min(due - now, PATIENCE_S))
+        now = self._clock()
+        due = [now + PATIENCE_S, *(when for when in (self._prefetches.due,) if when is not None), *(alarm[0] for alarm in self._alarms[:1])]
+        return max(0.0, min(due) - now)
 
     def take(self, message: Message) -> None:
         """Act on one message. Its effect on running calls shows before their next step."""
@@ -189,9 +188,7 @@ class Engine:
                     live = self._lives.get(id)
                     if live is not None:
                         self._finish(live, FinishReason.CANCELLED)
-                    elif id in self._prefetches:
-                        self._answer_prefetch(id, "cancelled")
-                    elif id in self._weighed and self._weighing is not None:
+                    elif not self._prefetches.cancel(id) and id in self._weighed and self._weighing is not None:
                         self._weighing.forget(id)
                         self._answer_weighed(Weighed(id, error="cancelled"))
             case Drain():
@@ -360,12 +357,15 @@ class Engine:
             live = self._by_number.get(number)
             if live is not None:
                 self._finish(live, reason)
-        for id in [id for id, (_, _, until) in self._prefetches.items() if until <= now]:
-            self._answer_prefetch(id, "deadline")
+        self._prefetches.expire(now)
+
+    def _say(self, event: FromEngine) -> None:
+        """With the next step."""
+        self._events.append(event)
 
     def _say_done(self, id: str, error: str | None = None) -> None:
         """About a call that cost nothing."""
-        self._events.append(Done(id, Usage(0, 0, 0), Timings(0.0, 0.0, 0.0), error))
+        self._events.append(Done(id, *NOTHING, error))
 
     # What is weighed beside the batch.
 
@@ -393,49 +393,18 @@ class Engine:
     # Adapters.
 
     def _prefetch(self, asked: Prefetch) -> None:
-        refused = "draining" if self.draining else "queue_full" if len(self._prefetches) >= self._most_waiting else None
-        refused = refused or (None if self._slots else "no_adapters")
-        if refused is not None:
-            self._events.append(AdapterReady(asked.id, asked.digest, error=refused))
-            self._say_done(asked.id, refused)
-            return
-        entry = self._adapters.use(key_of(asked.owner, asked.digest))
-        self._prefetches[asked.id] = asked, entry, self._clock() + asked.deadline_s
-        if entry.state is not Having.FETCHING:
-            self._answer_prefetch(asked.id, was_here=True)
-
-    def _answer_prefetch(self, id: str, error: str | None = None, was_here: bool = False) -> None:
-        asked, entry, _ = self._prefetches.pop(id)
-        self._adapters.release(entry)
-        error = error or entry.error or None
-        adapter = entry.adapter
-        if error is not None or adapter is None:
-            error = error or "cancelled"  # it was evicted while it came
-            self._events.append(AdapterReady(id, asked.digest, error=error))
+        word = "draining" if self.draining else None if self._slots else "no_adapters"
+        word = word or ("queue_full" if len(self._prefetches) >= self._most_waiting else None)
+        if word is not None:
+            self._prefetches.refuse(asked, word)
         else:
-            self._events.append(
-                AdapterReady(
-                    id,
-                    asked.digest,
-                    seconds=0.0 if was_here else self._clock() - entry.began,
-                    labels=adapter.labels,
-                    temperature=adapter.temperature,
-                    pooling=adapter.pooling,
-                    max_tokens=adapter.max_tokens,
-                    method=adapter.method,
-                    template_hash=adapter.template_hash,
-                    rank=adapter.rank,
-                    memory_bytes=adapter.memory_bytes,
-                )
-            )
-        self._say_done(id, error)
+            self._prefetches.add(asked)
 
     def _arrived(self, fetched: Fetched) -> None:
         entry = self._adapters.arrived(fetched)
         if entry is None:
             return
-        for id in [id for id, (_, waited, _) in self._prefetches.items() if waited is entry]:
-            self._answer_prefetch(id)
+        self._prefetches.arrived(entry)
         for live in list(self._expecting.pop(entry.key, {}).values()):
             self._tune(live, entry)
         for key in self._adapters.surplus():
@@ -465,12 +434,11 @@ class Engine:
         self._lose(entry.key, FinishReason.ERROR, "adapter_failed")
         self._adapters.fail(entry, "adapter_failed")
 
-    def _lose(self, key: str, reason: FinishReason, error: str | None = None) -> None:
+    def _lose(self, key: str, reason: FinishReason, error: str) -> None:
         """End every call with an adapter, and take back its slot."""
         for live in [live for live in self._lives.values() if live.entry is not None and live.entry.key == key]:
             self._finish(live, reason, error)
-        for id in [id for id, (_, entry, _) in self._prefetches.items() if entry.key == key]:
-            self._answer_prefetch(id, error or reason.name.lower())
+        self._prefetches.lose(key, error)
         self._vacate(key)
 
     def _vacate(self, key: str) -> None:
