@@ -50,10 +50,18 @@ class UploadWriter:
     """Takes the chunks of one stream. What `persisted` says is stored for good; what came later is not."""
 
     def __init__(
-        self, store: FineTuneStore, objects: Objects, settings: DatasetSettings, hashers: Hashers, row: Record, epoch: int
+        self,
+        store: FineTuneStore,
+        objects: Objects,
+        settings: DatasetSettings,
+        hashers: Hashers,
+        row: Record,
+        epoch: int,
+        max_rows: int,
     ) -> None:
         self._store, self._objects, self._settings, self._hashers = store, objects, settings, hashers
         self._project, self._uid, self._epoch = row["project_uid"], row["uid"], epoch
+        self._max_rows = max_rows
         self._scan = msgspec.convert(row["scan"], Scan)
         self.persisted = int(row["persisted_bytes"])
         self._hash = hashers.at(self._uid, self.persisted)
@@ -143,7 +151,7 @@ class UploadWriter:
         """In a thread: judge, hash and store."""
         with self._objects.sync.writing(path) as writer:
             for piece in pieces:
-                breach = self._scan.feed(piece, self._settings.rows_per_version)
+                breach = self._scan.feed(piece, self._max_rows)
                 if breach is not None:
                     break
                 if self._hash is not None:

@@ -318,6 +318,12 @@ async def test_V3_quotas_hold(finetune_url: str, tmp_path) -> None:
             rows = b"{}\n" * 31
             await other.write(upload, rows + b" " * 600)
         assert refusal(error)[2] == {"rule": "V3.rows", "line": "31", "byte_offset": "90"}
+        third = served.tenant()
+        csv = await third.dataset("csv", layout=pb.RowLayout(encoding=pb.DATASET_ENCODING_CSV))
+        spanning = await third.version(csv.name, b"text,label\n" + b'"a\nb\nc",x\n' * 30)
+        assert (spanning.state, spanning.report.rows) == (spanning.STATE_READY, 30)
+        over = await third.version(csv.name, b"text,label\n" + b'"a\nb\nc",x\n' * 31)
+        assert over.error.metadata["rule"] == "V3.rows"
 
 
 async def test_a_full_disk_loses_no_acknowledged_byte(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,10 +223,17 @@ class DatasetServicer:
             raise FieldInvalid("header", "missing")
         async with self.desk.store.transaction() as connection:
             row = await _upload(connection, request.header.upload, "header.upload")
+            parent = await _dataset(connection, _above(request.header.upload), "header.upload")
             if row["writer_epoch"] != request.header.writer_epoch:
                 raise UploadFenced
             _open(row, "header.upload")
-        return UploadWriter(self.desk.store, self.objects, self.settings, self._hashers, row, request.header.writer_epoch)
+        return UploadWriter(
+            self.desk.store, self.objects, self.settings, self._hashers, row, request.header.writer_epoch, self._rows(parent)
+        )
+
+    def _rows(self, parent: Record) -> int:
+        """Lines an upload may have; 0: any number, for a record of a CSV may span lines, and its rows are counted in validation."""
+        return self.settings.rows_per_version if layout_of(parent).encoding == "jsonl" else 0
 
     async def FinalizeUpload(self, request: pb.FinalizeUploadRequest, context: Any) -> pb.DatasetVersion:
         """End an upload: a version to validate, or the live one of the same bytes."""
@@ -254,7 +261,7 @@ class DatasetServicer:
                 raise UploadOffset(row["persisted_bytes"])
             if sha256 != request.sha256 or row["sha256"] not in ("", sha256):
                 raise ChecksumMismatch(0)
-            breach = msgspec.convert(row["scan"], Scan).finish(self.settings.rows_per_version)
+            breach = msgspec.convert(row["scan"], Scan).finish(self._rows(parent))
             if breach is not None:
                 raise messages.refused(breach)
             layout = layout_of(parent)
