@@ -9,7 +9,7 @@ MODEL ?= default
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fleet test unit check protos bench bench-vllm bench-served clean
+.PHONY: help setup demo fleet test unit check protos bench bench-vllm bench-served bench-tune clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -68,6 +68,12 @@ bench-vllm: $(STAMP) .venv-vllm/.installed  ## the engine against transformers a
 
 bench-served: $(STAMP)  ## the fleet against the engine alone; prefix cache, starts, overload, memory, relay
 	@for what in served prefix_cache start overload memory relay; do \
+	  printf '\n## %s\n' "$$what" && $(BIN)/python -m benchmarks.$$what || exit 1; done
+
+# TRL is a peer here and nothing else: it comes with these benchmarks, not with the product.
+bench-tune: $(STAMP)  ## training against transformers and TRL, checkpoints, uploads, adapters, explanations, the way to the first token
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl]'
+	@for what in training checkpoints upload adapters explain servable; do \
 	  printf '\n## %s\n' "$$what" && $(BIN)/python -m benchmarks.$$what || exit 1; done
 
 clean:  ## remove what make made
