@@ -72,7 +72,8 @@ def load(directory: Path, device: torch.device, gradient_checkpointing: bool = F
     if report["missing_keys"]:
         raise BaseUnsupported("its files lack tensors")
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its name until 5.20
+        enable({"use_reentrant": False})
     if type(model).__name__ == "LlamaForCausalLM" and getattr(config, "pretraining_tp", 1) != 1:
         raise BaseUnsupported("its layers are split for tensor parallelism")
     ends = _ends(directory, settings)

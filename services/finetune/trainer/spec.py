@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 __all__ = [
     "CHECKPOINT_INTERVAL_STEPS",
-    "HEAD_FACTOR",
+    "HEAD_RATE",
     "SEQ_LEN",
     "EarlyStopping",
     "Hyperparameters",
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 SEQ_LEN, CHECKPOINT_INTERVAL_STEPS = 1024, 50
-HEAD_FACTOR = 4.0  # a head starts from zero, an adapter beside weights that know much already
+HEAD_RATE = 1e-3  # of a head over states of size 1; bases differ in size by a hundred, and a step moves logits by rate times size
 
 
 class Method(enum.Enum):
@@ -52,7 +52,7 @@ class Hyperparameters:
     """Of AdamW and its schedule."""
 
     learning_rate: float = 2e-4
-    head_learning_rate: float | None = None  # None: HEAD_FACTOR times the rest
+    head_learning_rate: float | None = None  # None: HEAD_RATE over the size of the states
     epochs: float = 3.0
     batch_size: int = 8  # examples of an optimizer step
     weight_decay: float = 0.0

@@ -8,17 +8,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from services.finetune.trainer import lora as adapters
-from services.finetune.trainer.batches import Batch, Example, layout, taken
+from services.finetune.trainer.batches import Batch, Example, layout, pack, taken
 from services.finetune.trainer.heads import Head
 from services.finetune.trainer.loss import supervised_loss
 from services.finetune.trainer.model import Base
 from services.finetune.trainer.products import narrow_is_fast
-from services.finetune.trainer.spec import HEAD_FACTOR, Method, Spec, learning_rate, steps
+from services.finetune.trainer.spec import HEAD_RATE, Method, Spec, learning_rate, steps
 
 __all__ = ["Evaluation", "Step", "Trainer"]
+
+
+_SIZED = 32  # texts, and tokens of each, by which the size of states is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,8 @@ class Trainer:
         rest = [tensor for name, tensor in trained.items() if name not in head]
         groups: list[dict[str, Any]] = [{"params": rest, "full": own.learning_rate}]
         if head:
-            groups.append({"params": [trained[name] for name in head], "full": own.head_learning_rate or HEAD_FACTOR * own.learning_rate})
+            rate = HEAD_RATE / self._size() if own.head_learning_rate is None else own.head_learning_rate
+            groups.append({"params": [trained[name] for name in head], "full": rate})
         self.optimizer = torch.optim.AdamW(
             groups,
             lr=own.learning_rate,
@@ -91,6 +96,14 @@ class Trainer:
         self.target = steps(spec, len(examples))
         self.per_epoch = -(-len(examples) // own.batch_size)
         self.best = Best()
+
+    def _size(self) -> float:
+        """Root mean square of the base's states over random ids: no row has a say, so private runs may ask, too."""
+        drawn = np.random.Generator(np.random.PCG64(0)).integers(0, self.base.vocabulary, (_SIZED, _SIZED)).tolist()
+        self.base.model.eval()
+        with torch.no_grad():
+            states = self.base.states(pack([Example(tuple(ids), label=0) for ids in drawn], self.base.device).to(self.base.device))
+        return max(1e-6, float(states.square().mean().sqrt()))
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """What is trained: the adapter by PEFT's names (or the base by its own), and the head's as `head.…`; sorted."""

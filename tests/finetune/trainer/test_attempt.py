@@ -138,7 +138,7 @@ def test_cancelling_commits_nothing_more(tiny_base):
 
 
 def test_early_stopping_lowers_the_target_and_keeps_the_best(tiny_base):
-    own = Hyperparameters(learning_rate=0.0, epochs=20, batch_size=8)
+    own = Hyperparameters(learning_rate=0.0, head_learning_rate=0.0, epochs=20, batch_size=8)
     plane = world.plane(hyperparameters=own, early_stopping=EarlyStopping(patience=2), lora=Lora(rank=2, dropout=0.0))
     assert attempt(plane, tiny_base).run() == DONE
     targets = [report.target_step for report in plane.reports if report.target_step]
