@@ -194,8 +194,8 @@ def test_files_in_and_out(tmp_path):
     with fake_gateway() as fake:
         assert run(fake, "models", "import", "news", tmp_path, "--method", "classify", "--base", "a", "-l", "x").exit_code == 0
         assert fake.imported[2] == b"weights"
-        result = run(fake, "models", "export", "news/1", "--to", tmp_path / "news.zip")
-        assert (tmp_path / "news.zip").read_bytes() == fake.archive and f"{len(fake.archive):,}" in result.stdout
+        result = run(fake, "models", "export", "news/1", "--to", tmp_path / "news.tar")
+        assert (tmp_path / "news.tar").read_bytes() == fake.archive and f"{len(fake.archive):,}" in result.stdout
 
 
 def test_a_tuned_model_is_asked_by_its_bare_name():

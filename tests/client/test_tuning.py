@@ -259,7 +259,7 @@ def test_promotion_needs_evidence():
 
 
 def test_an_export_that_breaks_goes_on_and_has_its_name_only_when_whole(tmp_path):
-    target = tmp_path / "news.zip"
+    target = tmp_path / "news.tar"
     with fake_gateway(cuts=[1, 1]) as fake, client(fake) as library:
         assert library.registry.export("news/1", target) == len(fake.archive)
         assert target.read_bytes() == fake.archive and list(tmp_path.iterdir()) == [target]

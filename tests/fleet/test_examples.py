@@ -20,6 +20,12 @@ async def test_an_example_runs(real: Fleet, tmp_path: Path, example: Path) -> No
     await _run(real, tmp_path, example)
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("example", TUNING, ids=lambda path: path.stem)
+async def test_an_example_tunes(tiny: Fleet, tmp_path: Path, example: Path) -> None:
+    await _run(tiny, tmp_path, example)
+
+
 async def _run(fleet: Fleet, tmp_path: Path, example: Path) -> str:
     variables = {"ARGOSY_ADDRESS": fleet.address, "ARGOSY_API_KEY": fleet.tenant(TUNER_SCOPES).key}
     child = await asyncio.create_subprocess_exec(
@@ -30,7 +36,7 @@ async def _run(fleet: Fleet, tmp_path: Path, example: Path) -> str:
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(100):
+        async with asyncio.timeout(200):
             said, failed = await child.communicate()
     finally:
         if child.returncode is None:

@@ -183,7 +183,7 @@ class Registry:
         return self._client.call(self._stub.CreateModel, request)
 
     def export(self, version: str, path: str | Path, *, merged: bool = False) -> int:
-        """Write a version's archive to a file and return its bytes: the adapter in PEFT's form, or `merged` into the base's weights.
+        """Write a version's tar archive to a file and return its bytes: the adapter in PEFT's form, or `merged` into the base's weights.
 
         A download that breaks goes on where it stood; the file has its name only once it is whole.
         """

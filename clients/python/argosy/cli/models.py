@@ -153,7 +153,7 @@ def models_import(
 @group.command("export")
 def models_export(
     version: VersionArgument,
-    file: Annotated[Path, typer.Option("--to", dir_okay=False, help="the archive to write")],
+    file: Annotated[Path, typer.Option("--to", dir_okay=False, help="the tar archive to write")],
     merged: Annotated[bool, typer.Option("--merged", help="the base's weights with the adapter in them")] = False,
 ) -> None:
     """Write a version's weights, config, manifest and card to one archive."""
