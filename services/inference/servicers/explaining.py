@@ -26,7 +26,7 @@ from services.pretrained.templates import TemplateRefused
 __all__ = ["MOST_UNITS", "Explainer"]
 
 MOST_UNITS = 512  # of one request: as many passes
-GRADIENT_TOKENS = 2_048  # of all candidates' prompts together: a backward pass keeps about 0.5 MB for each, of a model of 270M parameters
+GRADIENT_TOKENS = 1_024  # of all candidates' prompts together: a backward pass keeps about 0.8 MB for each, of a model of 270M parameters
 
 
 @dataclass(frozen=True, slots=True)
