@@ -130,6 +130,34 @@ def test_a_preference_is_right_where_the_chosen_answer_is_likelier(tmp_path, tin
     assert found.values[0] != found.values[1]
 
 
+@pytest.mark.parametrize("labels", [("tech", "sport"), ("sport", "sporty", "no")], ids=["by one token", "by nats a token"])
+def test_the_base_guesses_the_likeliest_label(tmp_path, tiny_base, objects, labels):
+    candidate, _ = tuned(tiny_base, objects, "candidate", Lora(4, 8.0))
+    rows = [("hello world", labels[0]), ("yes no", labels[1]), ("the tech sport", labels[0]), ("world", labels[-1])]
+    data = b"".join(json.dumps({"text": text, "label": label}).encode() + b"\n" for text, label in rows)
+    named = msgspec.structs.replace(candidate, labels=labels, parts={"adapter.safetensors": candidate.parts["adapter.safetensors"]})
+    found = measure(task(tmp_path, objects, tiny_base, data, "classify", Examinee("base"), named), objects)["base"].values
+    base = load(tiny_base, torch.device("cpu"))
+    tokenizer = Tokenizer.from_directory(tiny_base)
+    renderer = Renderer.of(tokenizer, load_template(tiny_base, tokenizer, tokenizer.prefix), base.end_ids)
+    spelled = [tokenizer.encode(f" {label}") for label in labels]
+    alike = next(at for at, column in enumerate(zip(*spelled, strict=False)) if len(set(column)) > 1)
+    assert (len({label[alike] for label in spelled}) == len(labels)) == (len(labels) == 2)
+    wanted = []
+    for text, truth in rows:
+        scores = []
+        for label in labels:
+            asked = f"Which of these labels fits the text best: {', '.join(labels)}?\n\n{text}"
+            (example,) = renderer.chat([Said("user", asked), Said("assistant", label)])
+            with torch.no_grad():
+                logits = base.model(torch.tensor([example.ids]), use_cache=False).logits[0].log_softmax(-1)
+            start, end = example.spans[0]
+            upto = start + alike + 1 if len(labels) == 2 else end
+            scores.append(sum(float(logits[at - 1, example.ids[at]]) for at in range(start, upto)) / (upto - start))
+        wanted.append(float(labels[scores.index(max(scores))] == truth))
+    assert found == wanted
+
+
 def test_long_texts_are_read_in_windows_and_their_probabilities_averaged(tmp_path, tiny_base, objects):
     candidate, _ = tuned(tiny_base, objects, "candidate", Lora(4, 8.0), steps=2)
     text = "hello world tech " * 12
