@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+import math
 import os
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from argosy import AsyncClient, aio_tuning, errors
+from argosy import AsyncClient, Client, aio_tuning, errors
 from argosy.v1 import finetune_pb2, model_pb2
 from tests.fleet.running import ROOT, TUNER_SCOPES, Fleet, environment
 
@@ -22,51 +24,73 @@ def tuner(fleet: Fleet) -> AsyncClient:
     return AsyncClient(fleet.address, fleet.tenant(TUNER_SCOPES).key, timeout_s=30)
 
 
-async def classifier(
-    client: AsyncClient, **more: int
-) -> tuple[aio_tuning.AsyncTuning, list[finetune_pb2.JobEvent], model_pb2.ModelVersion]:
+@dataclass(frozen=True)
+class Tuned:
+    """A project of this file's own, with one tuned classifier."""
+
+    key: str
+    job: finetune_pb2.FineTuneJob
+    data: str
+    events: list[finetune_pb2.JobEvent]
+    version: model_pb2.ModelVersion
+
+
+def tune(client: Client, **more: int) -> Tuned:
     """A short job on the sentences, its whole log, and its version."""
     choices = {"max_steps": 6, "batch_size": 16, "rank": 4, "seed": 5} | more
-    tuning = await client.tune(DATA / "sentences.tsv", base="tiny", method="classify", held_out=DATA / "heldout.tsv", **choices)
+    tuning = client.tune(DATA / "sentences.tsv", base="tiny", method="classify", held_out=DATA / "heldout.tsv", **choices)
     events: list[finetune_pb2.JobEvent] = []
-    return tuning, events, await tuning.wait(seen=events.append)
+    version = tuning.wait(seen=events.append)
+    return Tuned("", tuning.job, tuning.data.name, events, version)
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny: Fleet) -> Tuned:
+    key = tiny.tenant(TUNER_SCOPES).key
+    with Client(tiny.address, key) as client:
+        return replace(tune(client), key=key)
 
 
 @pytest.mark.timeout(240)
-async def test_a_tuned_classifier_answers_from_every_replica(tiny: Fleet) -> None:
-    async with tuner(tiny) as client:
-        tuning, events, version = await classifier(client)
-        assert tuning.job.step == tuning.job.target_step == 6 and tuning.job.model_version == version.name
-        assert [each.sequence for each in events] == sorted({each.sequence for each in events})
-        states = [Job.State.Name(each.state.state).removeprefix("STATE_") for each in events if each.HasField("state")]
-        assert (states[0], states[-1]) == ("QUEUED", "SUCCEEDED") and "RUNNING" in states
-        servable = [each.servable for each in events if each.HasField("servable")]
-        assert servable[0].replicas >= 1 and servable[0].model_version == version.name
-        assert {each.metric.name for each in events if each.HasField("metric")} >= {"loss"}
-        assert set(version.tuned_labels) == CLASSES
-        assert version.HasField("calibration") and version.lineage.fine_tune_job == tuning.name and version.signed_manifest
+async def test_a_tuned_classifier_answers_from_every_replica(tiny: Fleet, tuned: Tuned) -> None:
+    job, events, version = tuned.job, tuned.events, tuned.version
+    assert job.step == job.target_step == 6 and job.model_version == version.name
+    assert [each.sequence for each in events] == sorted({each.sequence for each in events})
+    states = [Job.State.Name(each.state.state).removeprefix("STATE_") for each in events if each.HasField("state")]
+    assert (states[0], states[-1]) == ("QUEUED", "SUCCEEDED") and "RUNNING" in states
+    servable = [each.servable for each in events if each.HasField("servable")]
+    assert servable[0].replicas >= 1 and servable[0].model_version == version.name
+    assert {each.metric.name for each in events if each.HasField("metric")} >= {"loss"}
+    assert set(version.tuned_labels) == CLASSES
+    assert version.HasField("calibration") and version.lineage.fine_tune_job == job.name and version.signed_manifest
 
+    async with AsyncClient(tiny.address, tuned.key) as client:
         replies = await asyncio.gather(*(client.classify("银行下调存款利率", model=version.name) for _ in range(12)))
         for reply in replies:
             labels = reply.results[0].labels
             assert {each.label for each in labels} == CLASSES and sum(each.probability for each in labels) == pytest.approx(1, abs=1e-4)
             assert reply.model.version == version.name and reply.model.adapter_digest == version.adapter_digest
-        first = [each.probability for each in replies[0].results[0].labels]
-        assert all([each.probability for each in reply.results[0].labels] == pytest.approx(first, abs=1e-5) for reply in replies)
-        by_model = await client.classify("银行下调存款利率", model=version.name.partition("/versions/")[0])
-        assert by_model.model.version == version.name
+        first = {each.label: each.probability for each in replies[0].results[0].labels}
+        for reply in replies:
+            assert {each.label: each.probability for each in reply.results[0].labels} == pytest.approx(first, abs=1e-5)
         told = await client.explain("银行下调存款利率", model=version.name)
         assert told.attributions and told.model.version == version.name
+        cheap = await client.explain("银行下调存款利率", model=version.name, cheap=True)
+        assert [one.span for one in cheap.attributions] == [one.span for one in told.attributions]
+        assert cheap.target_score == pytest.approx(told.target_score, abs=1e-3), "both explain what classify answers"
+        assert cheap.target_score == pytest.approx(math.log(max(first.values())), abs=1e-3)
 
 
 @pytest.mark.timeout(240)
-async def test_the_same_rows_are_the_same_version_and_the_next_job_the_next(tiny: Fleet) -> None:
-    async with tuner(tiny) as client:
-        first, _, one = await classifier(client)
-        second, _, two = await classifier(client)
-        assert first.data.name == second.data.name
-        assert (one.name[-2:], two.name[-2:]) == ("/1", "/2")
-        assert [each.name async for each in client.registry.versions("sentences")][-1] in (one.name, two.name)
+def test_the_same_rows_are_the_same_version_and_the_next_job_the_next(tiny: Fleet, tuned: Tuned) -> None:
+    with Client(tiny.address, tuned.key) as client:
+        again = tune(client, max_steps=1)
+        assert again.data == tuned.data
+        assert (tuned.version.name[-2:], again.version.name[-2:]) == ("/1", "/2")
+        by_model = client.classify("银行下调存款利率", model=again.version.name.partition("/versions/")[0])
+        assert by_model.model.version == again.version.name
+        pinned = client.classify("银行下调存款利率", model=tuned.version.name)
+        assert pinned.model.adapter_digest == tuned.version.adapter_digest != again.version.adapter_digest
 
 
 @pytest.mark.timeout(240)
@@ -114,32 +138,30 @@ async def test_a_job_is_paused_goes_on_and_is_ended(tiny: Fleet) -> None:
 
 
 @pytest.mark.timeout(240)
-async def test_a_version_is_promoted_on_evidence_only(tiny: Fleet) -> None:
-    async with tuner(tiny) as client:
-        _, _, version = await classifier(client)
+async def test_a_version_is_promoted_on_evidence_only(tiny: Fleet, tuned: Tuned) -> None:
+    name = tuned.version.name
+    async with AsyncClient(tiny.address, tuned.key) as client:
         held_out = await aio_tuning.prepared(client, DATA / "heldout.tsv", "classify")
         try:
-            done = await client.registry.promote(version.name, held_out.name, max_rows=24)
+            done = await client.registry.promote(name, held_out.name, alias="judged", max_rows=24)
         except errors.EvaluationNotPassed as refused:
             evaluation = refused.evaluation
             assert not all(each.passed for each in evaluation.comparisons)
         else:
-            assert done.evaluation is not None and done.alias.targets[0].version == version.name
+            assert done.evaluation is not None and done.alias.targets[0].version == name
             evaluation = done.evaluation
-        assert {each.model for each in evaluation.scores} >= {version.name, "models/tiny"} and evaluation.signed_verdict
+        assert {each.model for each in evaluation.scores} >= {name, "models/tiny"} and evaluation.signed_verdict
         with pytest.raises(errors.PermissionDenied):
-            await client.registry.promote(version.name, force=True)
+            await client.registry.promote(name, force=True)
 
 
-@pytest.mark.timeout(240)
-async def test_nobody_else_sees_rows_job_or_model(tiny: Fleet) -> None:
-    async with tuner(tiny) as client, tuner(tiny) as other:
-        tuning, _, version = await classifier(client, max_steps=2)
+async def test_nobody_else_sees_rows_job_or_model(tiny: Fleet, tuned: Tuned) -> None:
+    async with tuner(tiny) as other:
         for call in (
-            other.jobs.get(tuning.name),
-            other.registry.version(version.name),
-            other.datasets.version(tuning.data.name),
-            other.classify("x", model=version.name),
+            other.jobs.get(tuned.job.name),
+            other.registry.version(tuned.version.name),
+            other.datasets.version(tuned.data),
+            other.classify("x", model=tuned.version.name),
         ):
             with pytest.raises(errors.NotFound):
                 await call
