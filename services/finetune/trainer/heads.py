@@ -12,6 +12,9 @@ class Head(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(labels, width, device=device))
         self.bias = torch.nn.Parameter(torch.zeros(labels, device=device))
+        # Norm of a base's states; the gradient of W is taken as if they had norm 1. Adam does not see the difference, but where
+        # gradients are clipped together, an adapter's would vanish beside a head's that is a hundred times as large.
+        self.scale = 1.0
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[n, width] → [n, labels]."""

@@ -315,4 +315,4 @@ def _lora_gradients(layer: LoraLinear, activations: list[torch.Tensor], backprop
 
 def _head_gradients(layer: Head, activations: list[torch.Tensor], backprops: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
     """States [n, width] and the logits' gradient [n, labels] → of W [n, labels, width], of b [n, labels]."""
-    return {layer.weight: torch.einsum("nl,nw->nlw", backprops, activations[0]), layer.bias: backprops}
+    return {layer.weight: torch.einsum("nl,nw->nlw", backprops, activations[0] / layer.scale), layer.bias: backprops}

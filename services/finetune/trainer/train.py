@@ -81,9 +81,11 @@ class Trainer:
         head = {} if self.head is None else {f"head.{name}": tensor for name, tensor in self.head.tensors().items()}
         rest = [tensor for name, tensor in trained.items() if name not in head]
         groups: list[dict[str, Any]] = [{"params": rest, "full": own.learning_rate}]
-        if head:
-            rate = HEAD_RATE / self._size() if own.head_learning_rate is None else own.head_learning_rate
+        if self.head is not None:
+            size = self._size()
+            rate = HEAD_RATE / size if own.head_learning_rate is None else own.head_learning_rate
             groups.append({"params": [trained[name] for name in head], "full": rate})
+            self.head.scale = size * math.sqrt(base.width)
         self.optimizer = torch.optim.AdamW(
             groups,
             lr=own.learning_rate,
@@ -127,6 +129,8 @@ class Trainer:
         factor = learning_rate(own, self.done, self.target)
         for group in self.optimizer.param_groups:
             group["lr"] = group["full"] * factor
+        if self.head is not None and self.head.weight.grad is not None:
+            self.head.weight.grad.div_(self.head.scale)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters().values(), own.clip_norm or math.inf, foreach=True)
         if not math.isfinite(total) or not math.isfinite(float(norm)):
             raise FloatingPointError(f"step {self.done + 1} has loss {total} and gradient norm {float(norm)}")
