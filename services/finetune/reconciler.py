@@ -68,6 +68,9 @@ class Reconciler:
             except StoreUnavailable:
                 log.warning("the reconciler waits for the database")
                 busy, began = False, clock()  # workers could not renew, either: give them a lease to be heard again
+            except Exception:  # a fault of ours, or of the launcher's listing, must not leave all jobs to themselves
+                log.exception("the reconciler failed on our side")
+                busy = False
             if not busy:
                 try:
                     async with asyncio.timeout(self.settings.poll_seconds):
@@ -98,6 +101,13 @@ class Reconciler:
                 log.error("an attempt's name is taken by something that is not ours", extra={"job": row["uid"]})
                 await self._later(row)
                 continue
+            except StoreUnavailable:
+                raise
+            except Exception:  # one job's folder, base or pod must not keep all others from being looked at
+                log.exception("a job's step failed", extra={"job": row["uid"]})
+                total += row["state"] == State.QUEUED  # its attempt may have been written
+                await self._later(row)
+                continue
             if step.do is Do.START:
                 total += 1
                 of_project[row["project_uid"]] = of_project.get(row["project_uid"], 0) + 1
@@ -105,7 +115,7 @@ class Reconciler:
                 await self._later(row)
             else:
                 moved = True
-        return moved
+        return moved or len(rows) == BATCH  # what waits at the front must not hide what is due behind it
 
     async def _later(self, row: Record) -> None:
         async with self.store.transaction() as connection:
@@ -247,9 +257,6 @@ def job_of(row: Record, patient: bool = False) -> Job:
 
 async def wanted(connection: AsyncConnection, row: Record, to: State, why: str) -> Record:
     """What a caller asks of a locked job: pause or cancel, by way of the state that waits for its attempt."""
-    if State(row["state"]) in (State.QUEUED, State.PAUSED) and row["reaped"]:
-        direct = State.PAUSED if to is State.PAUSING else State.CANCELLED
-        return await sql_jobs.move(connection, row, direct, why=why)
-    if State(row["state"]) is State.QUEUED:  # an attempt of before is still to clear away: no state waits for that
+    if State(row["state"]) in (State.QUEUED, State.PAUSED):  # an attempt left to clear away does not keep it
         return await sql_jobs.move(connection, row, State.PAUSED if to is State.PAUSING else State.CANCELLED, why=why)
     return await sql_jobs.move(connection, row, to, why=why)
