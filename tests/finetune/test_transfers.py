@@ -18,6 +18,7 @@ from services.chassis.errors import (
     FieldOutOfRange,
     IdempotencyKeyReused,
     ResourceNotFound,
+    Shed,
     WrongState,
 )
 from services.chassis.lists import PageTokens
@@ -25,6 +26,7 @@ from services.finetune import lineage
 from services.finetune.bases import Bases, linear_layers
 from services.finetune.lineage import ADAPTER
 from services.finetune.servicers.model import ModelServicer
+from services.finetune.servicers.model_transfers import ARRIVALS
 from services.finetune.servicers.resources import Desk
 from tests.finetune import zoo
 from tests.finetune.adapters import BASE, SIGNER, House, called, file, lora, registry, tenant
@@ -154,6 +156,16 @@ async def test_a_stream_of_another_form_is_refused(finetune_url: str, base: Path
         ):
             with pytest.raises(error):
                 await service.send(requests)
+
+
+async def test_only_so_many_imports_arrive_at_once(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with serving(finetune_url, base, tmp_path) as service:
+        for _ in range(ARRIVALS):
+            await service.servicer.arrivals.acquire()
+        with pytest.raises(Shed):
+            await service.send([header(), *parts(base)])
+        service.servicer.arrivals.release()
+        assert (await service.send([header(), *parts(base)])).name == f"{NAME}/versions/1"
 
 
 async def test_an_export_is_one_archive_from_any_offset(finetune_url: str, base: Path, tmp_path: Path) -> None:

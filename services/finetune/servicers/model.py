@@ -1,5 +1,6 @@
 """ModelService: a project's own models and what belongs to them."""
 
+import asyncio
 import re
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from services.finetune.servicers.dataset_messages import deletion
 from services.finetune.servicers.model_aliases import MODEL_NAME, VERSION_NAME, AliasMethods, found_model
 from services.finetune.servicers.model_checkpoints import CheckpointMethods
 from services.finetune.servicers.model_evaluations import EvaluationMethods
+from services.finetune.servicers.model_transfers import ARRIVALS, CHECKS
 from services.finetune.servicers.resources import SEGMENT, Desk, caller, own, paths
 
 SERVICE = "argosy.v1.ModelService"
@@ -51,6 +53,7 @@ class ModelServicer(AliasMethods, CheckpointMethods, EvaluationMethods):
         self.bases = bases
         self.signer = signer
         self.evaluate = evaluate
+        self.arrivals, self.checks = asyncio.Semaphore(ARRIVALS), asyncio.Semaphore(CHECKS)
         self._jobs = jobs or NoJobs()
         self._erase = erase
 

@@ -1,10 +1,11 @@
 """How versions come in and go out: an adapter trained elsewhere, and an archive that we write."""
 
-import contextlib
+import asyncio
 import hashlib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from argosy.v1 import model_pb2 as pb
 from argosy.v1.finetune_pb2 import TuneMethod
 from argosy_internal.training.v1.training_pb2 import POOLING_LAST, AdapterManifest, Part
 from services.chassis import bounds
-from services.chassis.errors import FieldInvalid, FieldOutOfRange, ModelCapability, ResourceNotFound, WrongState
+from services.chassis.errors import FieldInvalid, FieldOutOfRange, ModelCapability, ResourceNotFound, Shed, WrongState
 from services.chassis.objects import Objects
 from services.finetune import exports, importing, lineage, publishing, sql_models
 from services.finetune.bases import Base, Bases
@@ -32,6 +33,8 @@ from services.finetune.servicers.resources import Desk, caller, own
 
 PIECE_BYTES = 512 << 10  # of one message
 WINDOW_TOKENS = 1_024  # of a classified text, where training did not say
+ARRIVALS, CHECKS = 8, 2
+ARRIVAL_RETRY_SECONDS = 5.0
 PARTS = {pb.IMPORT_PART_CONFIG: CONFIG, pb.IMPORT_PART_WEIGHTS: WEIGHTS, pb.IMPORT_PART_HEAD: HEAD}
 METHODS = {
     TuneMethod.TUNE_METHOD_CHAT: "CHAT", TuneMethod.TUNE_METHOD_PREFERENCE: "CHAT", TuneMethod.TUNE_METHOD_CLASSIFY: "CLASSIFY",
@@ -62,6 +65,8 @@ class TransferMethods:
     objects: Objects
     bases: Bases
     signer: Signer
+    arrivals: asyncio.Semaphore  # imports whose parts lie here: each may take half a gigabyte of the disk
+    checks: asyncio.Semaphore  # processes that check them
 
     # --- in -----------------------------------------------------------------------------------------------------------------------------
 
@@ -80,10 +85,13 @@ class TransferMethods:
         async with self.desk.store.transaction() as connection:
             model = await found_model(connection, segment, "header.parent")
         base = await self.bases.get(model["base_model"], "header.parent")
-        with _private_folder() as folder:
+        if self.arrivals.locked():
+            raise Shed(ARRIVAL_RETRY_SECONDS)
+        async with self.arrivals, _private_folder() as folder:
             whole = _Whole(header, await _receive(request_iterator, folder))
             order = Order(METHODS[header.method], tuple(header.tuned_labels), dict(base.modules), base.width)
-            checked = await importing.check(folder, order)
+            async with self.checks:
+                checked = await importing.check(folder, order)
             return await self._publish_import(model, base, whole, checked, folder)
 
     async def _publish_import(self, model: Record, base: Base, whole: _Whole, checked: Checked, folder: Path) -> pb.ModelVersion:
@@ -169,13 +177,13 @@ class TransferMethods:
         return await exports.merged_entries(self.objects, place, manifest, bytes(row["envelope"]), base.directory)
 
 
-@contextlib.contextmanager
-def _private_folder() -> Iterator[Path]:
+@asynccontextmanager
+async def _private_folder() -> AsyncIterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="argosy-import-"))
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
 async def _receive(requests: AsyncIterator[pb.ImportModelVersionRequest], folder: Path) -> bytes:

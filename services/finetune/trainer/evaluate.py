@@ -21,12 +21,12 @@ import msgspec
 import torch
 from safetensors.torch import load as tensors_of
 
-from services.chassis.objects import SyncObjects, open_objects_sync
+from services.chassis.objects import ObjectMissing, SyncObjects, open_objects_sync
 from services.finetune.examining import Examinee, Task
 from services.finetune.rows import Row, RowError, Turn, read_rows
 from services.finetune.trainer.batches import Batch, Example, layout
 from services.finetune.trainer.lora import LoraLinear
-from services.finetune.trainer.model import Base, load
+from services.finetune.trainer.model import Base, BaseUnsupported, load
 from services.finetune.trainer.rendering import Renderer
 from services.finetune.trainer.spec import Lora
 from services.pretrained.templates import TemplateRefused, load_template
@@ -339,6 +339,12 @@ def main() -> int:
         found = measure(task, open_objects_sync(task.store_url), progress)
     except Unmeasurable as error:
         say(failed=error.rule)
+        return 0
+    except ObjectMissing:
+        say(failed="object_missing")
+        return 0
+    except BaseUnsupported:
+        say(failed="base_unsupported")
         return 0
     say(outcomes={name: {"values": each.values, "weights": each.weights} for name, each in found.items()})
     return 0

@@ -1,4 +1,5 @@
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from services.finetune.examining import Examinee, Task
 from services.finetune.rows import Layout
 from services.finetune.trainer import lora as adapters
 from services.finetune.trainer.batches import Example, layout
-from services.finetune.trainer.evaluate import Unmeasurable, measure
+from services.finetune.trainer.evaluate import Unmeasurable, main, measure
 from services.finetune.trainer.model import load
 from services.finetune.trainer.rendering import Renderer
 from services.finetune.trainer.spec import Lora, Method
@@ -216,3 +217,12 @@ def test_the_process_takes_a_task_and_tells_outcomes(tmp_path, tiny_base, object
     said = [json.loads(line) for line in ended.stdout.splitlines()]
     assert said[0] == {"rows": 0}
     assert len(said[-1]["outcomes"]["base"]["values"]) == 4
+
+
+def test_what_is_not_there_is_told_not_died_of(tmp_path, tiny_base, objects, monkeypatch, capsys):
+    asked = task(tmp_path, objects, tiny_base, world.chat_rows(4), "chat", Examinee("base"), threads=1)
+    for wrong, rule in (({"data": "datasets/none"}, "object_missing"), ({"sha256": "0" * 64}, "dataset_digest")):
+        data = msgspec.json.encode(msgspec.structs.replace(asked, **wrong)) + b"\n"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert main() == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"failed": rule}
