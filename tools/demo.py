@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from argosy import Client, GenerationStream, config
@@ -176,7 +176,7 @@ def tuning(show: Show) -> None:
     out.print(f"{report.rows:,} rows checked, {len(report.labels)} labels: {report.errors} errors, {report.warnings} warnings")
     tokens, seconds = quote.tokens, quote.device_seconds
     out.print(f"Quote: {tokens.low:,.0f} to {tokens.high:,.0f} tokens, {seconds.low:,.0f} to {seconds.high:,.0f} s")
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f} steps"))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
     with Progress(*columns, console=out, transient=True) as bars:
         bar = bars.add_task("training", total=None)
 

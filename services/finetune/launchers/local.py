@@ -98,7 +98,7 @@ class LocalLauncher:
             **self.environment,
         }
         # Below the servers of this machine: training takes what serving leaves.
-        words = ["/bin/sh", "-c", SHELL, "attempt", "nice", "-n", "10", *self.command]
+        words = ["/bin/sh", "-c", SHELL, "attempt", "nice", "-n", "5", *self.command]
         null = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)
         os.set_inheritable(lock, True)
         default = [signal.SIGTERM, signal.SIGINT, signal.SIGPIPE]
