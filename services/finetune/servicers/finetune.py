@@ -171,6 +171,7 @@ class FineTuneServicer:
         if spec.WhichOneof("adapter") == "full":
             if private:
                 raise FieldInvalid("fine_tune_job.spec.privacy", "full")
+            raise ModelCapability("fine_tune_job.spec.full", "full_tune")  # no replica could serve what it makes
         else:
             lora = made.lora
             lora.SetInParent()
