@@ -6,6 +6,7 @@ A process that dies leaves a lease that runs out, and the next one begins again;
 import asyncio
 import json
 import logging
+import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -20,6 +21,7 @@ from services.finetune import dataset_store, gate, lineage, sql_evaluations, sql
 from services.finetune.bases import Bases
 from services.finetune.examining import Examinee, Task
 from services.finetune.gate import Outcomes, Verdict
+from services.finetune.hosts import SILENT_SECONDS, allowed
 from services.finetune.lineage import Signer
 from services.finetune.queries import Record
 from services.finetune.store import FineTuneStore
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 
 CANDIDATE, CURRENT, BASE = "candidate", "current", "base"
 LINE_BYTES = 64 << 20  # of outcomes: a million rows and four models
+DEVICE = ("OMP_NUM_THREADS", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "XDG_CACHE_HOME")  # what a measuring child finds its device by
 POLL_SECONDS = 2.0  # between looks for evaluations that nothing woke us for
 DIED = {"reason": "INTERNAL", "metadata": {}}
 
@@ -59,7 +62,7 @@ class ProcessHost:
         """See Host."""
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "services.finetune.trainer.evaluate", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            limit=LINE_BYTES, start_new_session=True,
+            limit=LINE_BYTES, start_new_session=True, env=allowed(os.environ, *DEVICE),
         )  # fmt: skip
         try:
             assert child.stdin is not None
@@ -67,13 +70,15 @@ class ProcessHost:
             child.stdin.write(msgspec.json.encode(task) + b"\n")
             with suppress(ConnectionError):  # it died: its output ends, too
                 await child.stdin.drain()
-            while line := await child.stdout.readline():
+            while line := await asyncio.wait_for(child.stdout.readline(), SILENT_SECONDS):
                 said = msgspec.json.decode(line, type=Measured)
                 if said.rows is None:
                     return said
                 if not await progress(said.rows):
                     return None
             raise MeasurerDied
+        except TimeoutError as error:
+            raise MeasurerDied from error
         finally:
             with suppress(ProcessLookupError):
                 child.kill()

@@ -67,10 +67,18 @@ _PASSED = frozenset({"PATH", "PYTHONPATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "
 _STORES = ("AWS_", "AZURE_", "GOOGLE_")  # credentials of the object store, which the child opens for itself
 
 
+def allowed(ours: Mapping[str, str], *names: str) -> dict[str, str]:
+    """What a child that reads strangers' bytes may know, beside `names`: nothing of the database, no key of ours."""
+    return {name: value for name, value in ours.items() if name in _PASSED or name in names or name.startswith(_STORES)}
+
+
+def credentials(ours: Mapping[str, str]) -> dict[str, str]:
+    """Those of the object store alone, for children whose environment is otherwise empty."""
+    return {name: value for name, value in ours.items() if name.startswith(_STORES)}
+
+
 def _environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """What a child that reads strangers' bytes may know: nothing of the database, no key of ours."""
-    passed = {name: value for name, value in ours.items() if name in _PASSED or name.startswith(_STORES)}
-    return passed | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return allowed(ours) | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from services.finetune.bases import Bases
 from services.finetune.erasing import Eraser
 from services.finetune.evaluations import Evaluators
 from services.finetune.feed import following
+from services.finetune.hosts import credentials
 from services.finetune.job_erasure import JobDependants
 from services.finetune.jobs import Launcher
 from services.finetune.launchers.local import LocalLauncher
@@ -200,6 +201,7 @@ async def finetune(
                 _directory(bases),
                 command=(str(jobs.training_python or sys.executable), "-m", TRAINER),
                 memory_bytes=jobs.training_memory_bytes,
+                environment=credentials(os.environ),
             )
             stack.callback(local.close)
         reconciler = Reconciler(store, launcher, mint, settings.jobs, settings.quotas)

@@ -53,7 +53,7 @@ def own(name: str, shape: re.Pattern[str], field: str = "name") -> tuple[str, ..
 
     Raises:
         FieldInvalid: it has another form.
-        ResourceNotFound: it is of another project.
+        ResourceNotFound: it is of another project, or of a model that is not on the key's list.
     """
     match = shape.fullmatch(name)
     if match is None:
@@ -61,9 +61,17 @@ def own(name: str, shape: re.Pattern[str], field: str = "name") -> tuple[str, ..
         loose = re.compile(rf"projects/{SEGMENT}(/[A-Za-z]+/{SEGMENT})*")
         raise ResourceNotFound(field) if loose.fullmatch(name) else FieldInvalid(field, "resource_name")
     project, *rest = match.groups()
-    if project != caller().project:
+    who = caller()
+    if project != who.project or not _listed(who, name):
         raise ResourceNotFound(field)
     return tuple(rest)
+
+
+def _listed(who: Caller, name: str) -> bool:
+    """Whether the key's list of models, if it has one, has this model; what belongs to a model goes with it."""
+    if not who.models or name.split("/")[2:3] != ["models"]:
+        return True
+    return name in who.models or "/".join(name.split("/")[:4]) in who.models
 
 
 def paths(message: Message, mask: Any, mutable: Sequence[str], field: str = "update_mask") -> list[str]:
