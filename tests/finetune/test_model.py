@@ -9,6 +9,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy import text
 
 from argosy.v1 import model_pb2 as pb
+from services.chassis import signing
 from services.chassis.errors import (
     EtagMismatch,
     FieldInvalid,
@@ -24,9 +25,11 @@ from services.chassis.errors import (
 from services.chassis.lists import PageTokens
 from services.finetune import lineage, sql_evaluations, sql_models
 from services.finetune.bases import Bases
+from services.finetune.erasing import Eraser
 from services.finetune.model_erasure import ModelDependants
 from services.finetune.servicers.model import ModelServicer
 from services.finetune.servicers.resources import Desk
+from services.finetune.settings import DatasetSettings
 from tests.finetune.adapters import BASE, SIGNER, House, called, registry, tenant
 
 NAME = "projects/news/models/titles"
@@ -313,6 +316,32 @@ async def test_T12_a_version_goes_with_its_bytes_and_every_gateway_is_told(finet
         assert row["digests"] == {name: prepared.signed.digest}
         again = await service.house.publish(seed=5)
         assert again.name == f"{NAME}/versions/2"
+
+
+async def test_T12_nothing_of_an_erased_version_is_left_and_a_certificate_says_so(finetune_url: str) -> None:
+    canary = "canary-7f3a"
+    async with serving(finetune_url) as service:
+        prepared = await service.house.publish(labels=[canary, "b"])
+        kept = await service.house.publish("other", seed=1)
+        await service("DeleteModelVersion", name=prepared.name, cascade=True)
+        await Eraser(service.house.store, service.house.objects, DatasetSettings(), SIGNER.key, SIGNER.keyid).once()
+        stored = [path async for path, _ in service.house.objects.list("adapters")]
+        assert {path.split("/")[2] for path in stored} == {kept.signed.digest}
+        async with service.house.store.transaction() as connection:
+            row = (await connection.execute(text("SELECT state, certificate FROM deletions"))).mappings().one()
+            tables = (
+                await connection.execute(text("SELECT table_name FROM information_schema.tables WHERE table_schema = 'finetune'"))
+            ).scalars()
+            left = {
+                table: (await connection.execute(text(f"SELECT count(*) FROM {table} t WHERE t::text LIKE '%{canary}%'"))).scalar_one()
+                for table in list(tables)
+            }
+        assert row["state"] == "DONE"
+        said, digests = signing.predicate_of(
+            signing.unseal(row["certificate"].encode(), SIGNER.keys(), signing.IN_TOTO), signing.DELETION_CERTIFICATE
+        )
+        assert (said["target"], digests) == (prepared.name, {prepared.name: prepared.signed.digest})
+        assert {table: count for table, count in left.items() if count} == {}
 
 
 async def test_T12_a_model_goes_whole_and_its_numbers_do_not_come_back(finetune_url: str) -> None:
