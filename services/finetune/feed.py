@@ -54,6 +54,8 @@ class Feed:
                 await store.listen(lambda _: self.wake(), channel=self._channel, ready=self._sees)
             except StoreUnavailable:
                 log.warning("nothing wakes the registry's feed: the database is away")
+            except Exception:  # else nobody would be woken again, nor know that a slow look is all there is
+                log.exception("listening failed on our side")
             self._sighted = False
             await asyncio.sleep(RETRY_SECONDS)
 

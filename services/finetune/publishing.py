@@ -249,6 +249,8 @@ async def sweeping(store: FineTuneStore, objects: Objects, pause_s: float = SWEE
             await sweep(store, objects)
         except StoreUnavailable:
             log.warning("the sweep of unfinished versions waits for the database or the object store")
+        except Exception:  # one row's fault must not end the sweep of all
+            log.exception("the sweep of unfinished versions failed on our side")
         await asyncio.sleep(pause_s)
 
 

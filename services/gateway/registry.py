@@ -225,14 +225,16 @@ class Pusher:
                 async with streaming(self._stub.WatchVersions(request, metadata=metadata)) as events:
                     while (event := await events.read()) is not EOF:
                         failures = 0
-                        self._take(event)
                         self._sequence = max(self._sequence, event.sequence)
+                        self._take(event)
             except grpc.aio.AioRpcError as error:
                 info = status.error_info(error)
                 if info is not None and info.reason == "EVENT_SEQUENCE_AHEAD":  # its log is another than the one we followed
                     self._sequence = int(info.metadata.get("last", "0"))
                 if failures == 1 and error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                     log.warning("the feed of adapters is lost: %s", error.code().name)
+            except Exception:  # a change that we do not understand is passed by: what is moved or erased behind it must still be heard
+                log.exception("a change of the feed of adapters was not understood")
             failures += 1
             await asyncio.sleep(min(BACKOFF_CAP_S, BACKOFF_S * 2.0 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0))
 

@@ -1,8 +1,12 @@
 import asyncio
+from typing import Any, cast
 
+import pytest
+
+from services.finetune import feed as module
 from services.finetune import sql_models
 from services.finetune.feed import Feed, following
-from services.finetune.store import open_store
+from services.finetune.store import FineTuneStore, open_store
 
 PROJECT = "0b0e5a5e-0a4c-4a39-9d0f-2f6a6f0f4a01"
 
@@ -29,3 +33,23 @@ async def test_a_pulse_taken_before_a_look_is_not_lost_by_a_change_during_it() -
     pulse = feed.pulse()
     feed.wake()
     assert await feed.wait(pulse, 20)
+
+
+async def test_a_fault_does_not_end_the_listening(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = asyncio.Event()
+
+    class Store:
+        ready = asyncio.Event()
+        tries = 0
+
+        async def listen(self, changed: Any, **options: Any) -> None:
+            self.tries += 1
+            if self.tries == 1:
+                raise ValueError("a payload of another release")
+            heard.set()
+            await asyncio.Event().wait()
+
+    Store.ready.set()
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
+    async with following(cast("FineTuneStore", Store())), asyncio.timeout(30):
+        await heard.wait()

@@ -1,7 +1,8 @@
 import asyncio
 import json
 from datetime import timedelta
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -174,3 +175,25 @@ def test_a_signed_manifest_is_bound_to_its_parts() -> None:
     again, digest = lineage.unsign(signed.envelope, SIGNER.keys())
     assert (again, digest) == (said, signed.digest)
     assert json.loads(signed.envelope)["payloadType"] == "application/vnd.in-toto+json"
+
+
+async def test_a_fault_does_not_end_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    swept = asyncio.Event()
+    tries = 0
+
+    async def sweep(store: Any, objects: Any) -> int:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise ValueError("a row of another release")
+        swept.set()
+        return 0
+
+    monkeypatch.setattr(publishing, "sweep", sweep)
+    ready = asyncio.Event()
+    ready.set()
+    running = asyncio.create_task(publishing.sweeping(cast("Any", SimpleNamespace(ready=ready)), cast("Any", None), pause_s=0.01))
+    async with asyncio.timeout(30):
+        await swept.wait()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

@@ -15,7 +15,7 @@ from argosy_internal.registry.v1 import registry_pb2
 from services.chassis.errors import Internal, WrongState
 from services.chassis.identity import CallerVerifier
 from services.chassis.status import error_info
-from services.gateway import finetune
+from services.gateway import finetune, registry
 from tests.fakes.edge import KEY, VERIFIER, Edge, caller, chat, edge, events_of, metadata
 from tests.fakes.engine import FakeEngine, fake_engine
 from tests.fakes.finetune import fake_finetune
@@ -319,6 +319,22 @@ async def test_the_feed_goes_on_where_it_broke() -> None:
             await engine.until(lambda e: ("uid-acme", TWO) in e.adapters)
             assert [asked.request.after_sequence for asked in back.of("WatchVersions")][-1] == 1
             assert Counter(call.request.adapter_digest for call in engine.calls if call.method == "PrefetchAdapter")[ONE] == 1
+
+
+async def test_a_change_that_is_not_understood_does_not_end_the_feed(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = registry.Pusher._take
+
+    def failing(self: Any, event: registry_pb2.VersionEvent) -> None:
+        if event.WhichOneof("event") == "ready" and event.ready.adapter_digest == ONE:
+            raise ValueError("no such change")
+        take(self, event)
+
+    monkeypatch.setattr(registry.Pusher, "_take", failing)
+    async with tuned() as (fake, (engine,), _):
+        fake.tell(**ready(ONE))
+        fake.tell(**ready(TWO, 2))
+        await engine.until(lambda e: ("uid-acme", TWO) in e.adapters)
+        assert ("uid-acme", ONE) not in engine.adapters
 
 
 async def test_a_gateway_that_starts_pushes_only_what_may_have_been_missed() -> None:
