@@ -88,9 +88,9 @@ def test_the_same_rows_are_the_same_version_and_the_next_job_the_next(tiny: Flee
         assert again.data == tuned.data
         assert (tuned.version.name[-2:], again.version.name[-2:]) == ("/1", "/2")
         by_model = client.classify("银行下调存款利率", model=again.version.name.partition("/versions/")[0])
-        assert by_model.model.version == again.version.name
-        pinned = client.classify("银行下调存款利率", model=tuned.version.name)
-        assert pinned.model.adapter_digest == tuned.version.adapter_digest != again.version.adapter_digest
+        assert by_model.model.version == tuned.version.name  # nobody promoted the second
+        newer = client.classify("银行下调存款利率", model=again.version.name)
+        assert newer.model.adapter_digest == again.version.adapter_digest != tuned.version.adapter_digest
 
 
 @pytest.mark.timeout(240)

@@ -45,6 +45,8 @@ def follow(client: Client, name: str, after: int = 0) -> None:
         return
     tables.version(version)
     tables.servable(story.servable)
+    asks = "classify" if version.tuned_labels else "chat"
+    out.print(f"ask it: argosy -m {tables.short(version.name)} {asks} TEXT", style="dim", markup=False, soft_wrap=True)
     if job.HasField("spent"):
         quoted = f"; quoted {money(job.quote.low_cost)} to {money(job.quote.high_cost)}" if job.quote.HasField("high_cost") else ""
         out.print(f"{money(job.spent)} for {duration(job.device_seconds)}{quoted}", markup=False)

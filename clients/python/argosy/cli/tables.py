@@ -120,7 +120,7 @@ def evaluation(told: model_pb2.Evaluation) -> None:
     table = Table("model", "metric", "value", "gain", "at least", "p", "test", "", title=f"{state} on {told.measured_rows:,} rows")
     against = {each.against: each for each in told.comparisons}
     for score in told.scores:
-        row = [_short(score.model), score.metric, f"{score.value:.4f}"]
+        row = [short(score.model), score.metric, f"{score.value:.4f}"]
         seen = against.get(score.model)
         if seen is not None:
             row += [f"{seen.gain:+.4f}", f"{seen.gain_low:+.4f}", f"{seen.p_value:.3g}", seen.test, "✓" if seen.passed else "✗"]
@@ -128,14 +128,14 @@ def evaluation(told: model_pb2.Evaluation) -> None:
     out.print(table)
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """`news/3` of a version, `gemma-3-270m` of a base."""
     return "/".join(name.split("/")[3::2]) or names.last(name)
 
 
 def alias(told: model_pb2.ModelAlias) -> None:
     """Where an alias points."""
-    targets = ", ".join(f"{_short(each.version)}" + (f" {each.percent} %" if each.percent not in (0, 100) else "") for each in told.targets)
+    targets = ", ".join(f"{short(each.version)}" + (f" {each.percent} %" if each.percent not in (0, 100) else "") for each in told.targets)
     out.print(f"{told.name} → {targets}", markup=False, soft_wrap=True)
 
 
