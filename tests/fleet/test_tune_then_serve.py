@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -196,6 +197,11 @@ async def test_the_command_line_does_it_all(tiny: Fleet, tmp_path: Path) -> None
     assert job["state"] == "STATE_SUCCEEDED"
     await argosy("plot", str(job["name"]), "--png", str(tmp_path / "curve.png"))
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    archive = tmp_path / "adapter"
-    await argosy("models", "export", "reviews/1", "--to", str(archive))
-    assert archive.stat().st_size > 1_000
+    await argosy("models", "export", "reviews/1", "--to", str(tmp_path / "adapter.tar"))
+    with tarfile.open(tmp_path / "adapter.tar") as archive:
+        archive.extractall(tmp_path / "adapter", filter="data")
+    labels = [word for label in lines[-1]["model_version"]["tuned_labels"] for word in ("-l", label)]
+    await argosy("models", "import", "copy", str(tmp_path / "adapter"), "--method", "classify", "--base", "tiny", *labels)
+    (copied,) = await argosy("-m", "copy/1", "classify", "Best purchase of the year")
+    ours, theirs = ({each["label"]: each["probability"] for each in told["results"][0]["labels"]} for told in (answered, copied))
+    assert max(theirs, key=theirs.get) == max(ours, key=ours.get)
