@@ -220,12 +220,13 @@ async def publish(connection: AsyncConnection, prepared: Prepared, actor: str = 
 
 
 async def discard(store: FineTuneStore, objects: Objects, prepared: Prepared) -> None:
-    """Take back what was prepared and never published: the job was cancelled meanwhile."""
+    """Take back what was prepared and never published: the job was cancelled meanwhile, or the version erased."""
     async with store.transaction() as connection:
         row = await sql_models.version(connection, prepared.project_uid, prepared.model_uid, prepared.number, lock=True)
-        if row is None or row["state"] != "CHECKING":
+        if row is not None and row["state"] != "CHECKING":
             return
-        await sql_models.change_version(connection, row, state="REJECTED", delete_time=func.clock_timestamp())
+        if row is not None:  # an erased one's bytes may have been copied behind the eraser's back; no other version has its digest
+            await sql_models.change_version(connection, row, state="REJECTED", delete_time=func.clock_timestamp())
     await objects.delete_prefix(lineage.place(prepared.project_uid, prepared.signed.digest))
 
 

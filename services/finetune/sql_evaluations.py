@@ -24,6 +24,12 @@ async def evaluation(connection: AsyncConnection, project_uid: str, model_uid: s
     return await one(connection, select(model_evaluations).where(_e.project_uid == project_uid, _e.model_uid == model_uid, _e.uid == uid))
 
 
+async def waiting(connection: AsyncConnection, project_uid: str) -> int:
+    """How many of a project have not ended."""
+    open_ = select(func.count()).where(_e.project_uid == project_uid, _e.state.in_(("QUEUED", "RUNNING")))
+    return int((await connection.execute(open_)).scalar_one())
+
+
 async def list_evaluations(
     connection: AsyncConnection, project_uid: str, model_uid: str, conditions: Iterable[Condition], order: tuple[str, bool],
     after: Sequence[str] | None, limit: int,

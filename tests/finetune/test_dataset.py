@@ -163,6 +163,12 @@ async def test_redact_makes_a_version_without_personal_data(served: Served) -> N
     assert (clean.sha256, clean.total_bytes) == (hashlib.sha256(stored).hexdigest(), len(stored))
     same = await tenant("RedactDatasetVersion", pb.RedactDatasetVersionRequest(name=clean.name))
     assert same.name == clean.name
+    full = served.servicer.settings
+    served.servicer.settings = replace(full, stored_bytes_per_project=len(data) + len(stored))
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await tenant("RedactDatasetVersion", pb.RedactDatasetVersionRequest(name=version.name, kinds=["email"]))
+    assert refusal(error)[:2] == ("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED")
+    served.servicer.settings = full
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await tenant("RedactDatasetVersion", pb.RedactDatasetVersionRequest(name=version.name, kinds=["shoe_size"]))
     assert refusal(error)[2]["field"] == "kinds[0]"

@@ -12,7 +12,7 @@ from sqlalchemy import text
 
 from argosy.v1 import model_pb2 as pb
 from services.chassis import signing
-from services.chassis.errors import FieldInvalid, GateNotPassed, ResourceNotFound, WrongState
+from services.chassis.errors import FieldInvalid, GateNotPassed, QuotaExceeded, ResourceNotFound, WrongState
 from services.chassis.lists import PageTokens
 from services.chassis.objects import open_objects
 from services.finetune import publishing, sql_evaluations
@@ -22,6 +22,7 @@ from services.finetune.examining import Task
 from services.finetune.gate import Outcomes
 from services.finetune.lineage import ADAPTER, HEAD
 from services.finetune.publishing import Origin
+from services.finetune.servicers import model_evaluations
 from services.finetune.servicers.model import ModelServicer
 from services.finetune.servicers.resources import Desk
 from services.finetune.store import open_store
@@ -217,6 +218,17 @@ async def test_an_evaluation_whose_process_keeps_dying_fails(service: Service) -
     assert ended.state == pb.Evaluation.STATE_FAILED
     assert ended.error.message
     assert len(service.host.tasks) == sql_evaluations.ATTEMPTS
+
+
+async def test_a_project_cannot_fill_the_queue_that_all_share(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_evaluations, "MOST_WAITING", 2)
+    for _ in range(2):
+        await service.evaluation(2, HELD)
+    with pytest.raises(QuotaExceeded):
+        await service.evaluation(2, HELD)
+    service.host.right = {"candidate": 95, "current": 80, "base": 20}
+    assert await service.evaluators.step()
+    await service.evaluation(2, HELD)
 
 
 async def test_an_evaluation_ends_with_the_version_it_was_about(service: Service) -> None:

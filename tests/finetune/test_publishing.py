@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from services.chassis.errors import ArtifactRejected, ResourceNotFound, WrongState
-from services.finetune import lineage, publishing, sql_models
+from services.finetune import lineage, model_erasure, publishing, sql_models
 from services.finetune.lineage import ADAPTER, HEAD, MANIFEST
 from tests.finetune.adapters import MODULES, SIGNER, WIDTH, file, head, lora, manifest, registry
 
@@ -53,6 +53,20 @@ async def test_F28_nothing_is_served_before_the_job_ends_in_the_same_transaction
             assert await sql_models.version(connection, prepared.project_uid, prepared.model_uid, prepared.number) is None
             with pytest.raises(ResourceNotFound):
                 await publishing.publish(connection, prepared)
+        assert await house.objects.size(f"{lineage.place(prepared.project_uid, prepared.signed.digest)}/{ADAPTER}") is None
+
+
+async def test_T12_what_was_copied_behind_an_erasure_goes_when_it_is_not_published(finetune_url: str) -> None:
+    async with registry(finetune_url) as house:
+        prepared = await house.prepared()
+        async with house.store.transaction() as connection:
+            model = await sql_models.model(connection, prepared.project_uid, "titles", lock=True)
+            assert model is not None
+            await model_erasure.erase_model(connection, model)
+        async with house.store.transaction() as connection:
+            with pytest.raises(ResourceNotFound):
+                await publishing.publish(connection, prepared)
+        await publishing.discard(house.store, house.objects, prepared)
         assert await house.objects.size(f"{lineage.place(prepared.project_uid, prepared.signed.digest)}/{ADAPTER}") is None
 
 

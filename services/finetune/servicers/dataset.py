@@ -358,6 +358,9 @@ class DatasetServicer:
             made = await dataset_store.add_version(
                 connection, parent, layout_of(row), sha256="", total_bytes=row["total_bytes"], source_uid=row["uid"], redacted=kinds
             )  # fmt: skip
+            limit = self.settings.stored_bytes_per_project
+            if limit and await upload_store.stored_bytes(connection, row["project_uid"]) > limit:
+                raise QuotaExceeded("stored_bytes")  # it is as large as what it is made from
             return await self._version(connection, made, above)
 
         shown = await self.desk.change("RedactDatasetVersion", request, pb.DatasetVersion, work)

@@ -10,7 +10,7 @@ from argosy.v1 import model_pb2 as pb
 from argosy.v1.finetune_pb2 import TuneMethod
 from argosy_internal.training.v1.training_pb2 import AdapterManifest
 from services.chassis import bounds, lists
-from services.chassis.errors import FieldInvalid, ResourceNotFound, WrongState
+from services.chassis.errors import FieldInvalid, QuotaExceeded, ResourceNotFound, WrongState
 from services.chassis.objects import ObjectMissing, Objects
 from services.finetune import dataset_store, lineage, sql_evaluations, sql_models
 from services.finetune.datasets import TrainingVersion
@@ -30,6 +30,7 @@ MEASURES = {
 }
 AT = "evaluation."
 SEED_BITS = 48
+MOST_WAITING = 16  # of one project: they are measured one after the other, and other projects wait behind them
 
 
 class EvaluationMethods:
@@ -73,6 +74,8 @@ class EvaluationMethods:
                 if rivals[-1].method != manifest.method:
                     raise FieldInvalid(AT + "candidate", "method")
             await self._check_disjoint(connection, key[0], rivals, held_out)
+            if await sql_evaluations.waiting(connection, key[0]) >= MOST_WAITING:
+                raise QuotaExceeded("evaluations")
             row = await sql_evaluations.add_evaluation(
                 connection, *key, candidate=candidate["number"], current=current, alias=name, dataset_version=held_out.name,
                 dataset_version_uid=held_out.uid, dataset_digest=held_out.sha256, metric=metric, margin=asked.margin,

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from argosy.v1 import dataset_pb2, finetune_pb2
 from argosy_internal.training.v1 import training_pb2 as pb
 from services.chassis import bounds
-from services.chassis.errors import ApiKeyInvalid, ArtifactRejected, PrivacyBudgetExceeded, WorkerFenced, WrongState
+from services.chassis.errors import ApiKeyInvalid, ArtifactRejected, PrivacyBudgetExceeded, ResourceNotFound, WorkerFenced, WrongState
 from services.chassis.identity import Caller
 from services.chassis.interceptors import Incoming
 from services.chassis.objects import ObjectMissing, Objects
@@ -304,7 +304,7 @@ class TrainingServicer:
                     await sql_jobs.measured(connection, row["base_model"], method, self._device, speed, row["device_seconds"])
                 cost = events.cost(row["currency"], spent(row), row["device_seconds"])
                 await sql_jobs.move(connection, row, State.SUCCEEDED, cost, model_version=version, lease_time=None)
-        except WorkerFenced:
+        except (WorkerFenced, ResourceNotFound):  # the job is another's or cancelled, or its model was erased meanwhile
             await publishing.discard(self._store, self._objects, prepared)
             raise
         crash.point("result-published")
