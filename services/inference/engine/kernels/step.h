@@ -109,15 +109,17 @@ typedef struct {
     long to_stride;
     Element *inner;
     long activation;
+    long groups;
     Adapting *adapting; /* NULL: the base alone */
 } NAME(Product);
 
-static INLINE void NAME(tile)(const int R, const uint32_t *w, const uint32_t *x, long words, float out[TILE_ROWS][GROUP]) {
+static INLINE void NAME(tile)(const int R, const uint32_t *w, const uint32_t *x, long words, float out[TILE_ROWS][GROUP], Ahead *ahead) {
     __m512 sum[TILE_ROWS][4];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int n = 0; n < 4; n++) sum[r][n] = _mm512_setzero_ps();
     for (long k = 0; k < words; k++, w += GROUP) {
         __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 16), w2 = _mm512_load_si512(w + 32), w3 = _mm512_load_si512(w + 48);
+        if (ahead) look_ahead(ahead);
         UNROLL for (int r = 0; r < R; r++) {
             __m512i both = _mm512_set1_epi32((int)x[r * words + k]);
             sum[r][0] = DOT(sum[r][0], w0, both);
@@ -175,34 +177,48 @@ static INLINE void NAME(thin)(const int R, const int N, const int S, const uint3
 
 #define THIN(R)     switch (N) {         case 1: NAME(thin)(R, 1, 4, w, x, words, to); break;         case 2: NAME(thin)(R, 2, 2, w, x, words, to); break;         case 3: NAME(thin)(R, 3, 1, w, x, words, to); break;         default: NAME(thin)(R, 4, 1, w, x, words, to);     }
 
-/* the low-rank side of a few rows of one adapter */
+/* the low-rank side of R rows of one adapter, for matrix `which` of a layer */
+static void NAME(lower_rows)(const Adapting *a, const Adapter *adapter, long layer, long which, const Element *from, long inputs, const int32_t *rows, int R) {
+    const LowRank *added = adapter->layer[layer] + which;
+    const long words = WORDS(inputs), panels = parts_of(which) * adapter->rank / 16;
+    if (!added->down) return;
+    for (long panel = 0; panel < panels; panel += 4) {
+        const int N = (int)(panels - panel < 4 ? panels - panel : 4);
+        const uint32_t *w = (const uint32_t *)added->down + (size_t)panel * words * 16, *x[THIN_ROWS];
+        Element *to[THIN_ROWS];
+        for (int r = 0; r < R; r++) {
+            x[r] = (const uint32_t *)(from + rows[r] * inputs);
+            to[r] = (Element *)a->low + rows[r] * a->stride + panel * 16;
+        }
+        switch (R) {
+            case 1: THIN(1) break;
+            case 2: THIN(2) break;
+            case 3: THIN(3) break;
+            default: THIN(4)
+        }
+    }
+}
+
+/* of one stretch, where the input was not made row by row */
 static void NAME(lower)(void *with, long item, int worker) {
     const NAME(Product) *p = with;
     const Adapting *a = p->adapting;
     const Stretch *stretch = a->stretches + item;
-    const Adapter *adapter = a->step->adapter + stretch->slot;
-    const LowRank *added = adapter->layer[a->layer] + a->which;
-    const long words = WORDS(p->inputs), panels = a->parts * adapter->rank / 16;
     (void)worker;
-    if (!added->down) return;
     for (long i = 0; i < stretch->count; i += THIN_ROWS) {
         const int R = (int)(stretch->count - i < THIN_ROWS ? stretch->count - i : THIN_ROWS);
-        for (long panel = 0; panel < panels; panel += 4) {
-            const int N = (int)(panels - panel < 4 ? panels - panel : 4);
-            const uint32_t *w = (const uint32_t *)added->down + (size_t)panel * words * 16, *x[THIN_ROWS];
-            Element *to[THIN_ROWS];
-            for (int r = 0; r < R; r++) {
-                const long row = a->order[stretch->first + i + r];
-                x[r] = (const uint32_t *)(p->from + row * p->inputs);
-                to[r] = (Element *)a->low + row * a->stride + panel * 16;
-            }
-            switch (R) {
-                case 1: THIN(1) break;
-                case 2: THIN(2) break;
-                case 3: THIN(3) break;
-                default: THIN(4)
-            }
-        }
+        NAME(lower_rows)(a, a->step->adapter + stretch->slot, a->layer, a->which, p->from, p->inputs, a->order + stretch->first + i, R);
+    }
+}
+
+/* of rows [first, end), at most THIN_ROWS, as soon as their input is made */
+static void NAME(lower_here)(const Adapting *a, long layer, long which, const Element *from, long inputs, long first, long end) {
+    int32_t rows[THIN_ROWS];
+    for (long t = first; t < end;) {
+        const int32_t slot = a->step->adapters[t];
+        int R = 0;
+        for (; t < end && a->step->adapters[t] == slot; t++) rows[R++] = (int32_t)t;
+        if (slot && a->step->adapter[slot].layer) NAME(lower_rows)(a, a->step->adapter + slot, layer, which, from, inputs, rows, R);
     }
 }
 #undef THIN
@@ -225,6 +241,16 @@ static INLINE void NAME(deliver)(const NAME(Product) *p, long row, long group, c
     }
 }
 
+#define TILES(AHEAD_OR_NULL) \
+    switch (R) { \
+        case 1: NAME(tile)(1, w, x, words, out, AHEAD_OR_NULL); break; \
+        case 2: NAME(tile)(2, w, x, words, out, AHEAD_OR_NULL); break; \
+        case 3: NAME(tile)(3, w, x, words, out, AHEAD_OR_NULL); break; \
+        case 4: NAME(tile)(4, w, x, words, out, AHEAD_OR_NULL); break; \
+        case 5: NAME(tile)(5, w, x, words, out, AHEAD_OR_NULL); break; \
+        default: NAME(tile)(6, w, x, words, out, AHEAD_OR_NULL); \
+    }
+
 /* 64 outputs of every row */
 static void NAME(multiply)(void *with, long group, int worker) {
     const NAME(Product) *p = with;
@@ -232,24 +258,20 @@ static void NAME(multiply)(void *with, long group, int worker) {
     const uint32_t *w = (const uint32_t *)p->matrix->packed + (size_t)group * words * GROUP;
     (void)worker;
     float out[TILE_ROWS][GROUP];
+    Ahead ahead = {.of = p->adapting, .group = group, .groups = p->groups};
+    if (p->adapting) look_further(&ahead);
     for (long row = 0; row < p->rows;) {
         long left = p->rows - row;
         int R = (int)(left >= TILE_ROWS ? TILE_ROWS : left);
         const uint32_t *x = (const uint32_t *)(p->from + row * p->inputs);
-        switch (R) {
-            case 1: NAME(tile)(1, w, x, words, out); break;
-            case 2: NAME(tile)(2, w, x, words, out); break;
-            case 3: NAME(tile)(3, w, x, words, out); break;
-            case 4: NAME(tile)(4, w, x, words, out); break;
-            case 5: NAME(tile)(5, w, x, words, out); break;
-            default: NAME(tile)(6, w, x, words, out);
-        }
+        if (ahead.left) TILES(&ahead) else TILES(NULL)
         if (p->adapting)
             for (int r = 0; r < R; r++) NAME(adapt)(p, row + r, group, out[r]);
         for (int r = 0; r < R; r++) NAME(deliver)(p, row + r, group, out[r]);
         row += R;
     }
 }
+#undef TILES
 
 #define ROWS_AT_ONCE 4 /* an item of the row-wise phases */
 
@@ -286,9 +308,10 @@ static void NAME(multiply_bytes)(void *with, long group, int worker) {
 
 /* `groups` times 64 outputs of every row */
 static void NAME(product)(Crew *crew, long groups, long which, NAME(Product) p) {
+    p.groups = groups;
     if (p.adapting) {
         place_parts(p.adapting, which);
-        share(crew, p.adapting->count, NAME(lower), &p);
+        if (which == O || which == DOWN) share(crew, p.adapting->count, NAME(lower), &p);
     }
     if (p.matrix->scale) {
         p.bytes.inputs = p.inputs;
@@ -313,9 +336,15 @@ typedef struct {
     Element *inner;        /* [count][inner] */
     const Span *spans;
     const uint8_t *fresh; /* [count]: the last token of its row, in a block that this step began */
+    Adapting *adapting;   /* NULL: the base alone */
     float *own;   /* scratch of each worker */
     long own_size;
 } NAME(Pass);
+
+static INLINE void NAME(lower_item)(const NAME(Pass) *p, long item, long layer, long which) {
+    const long first = item * ROWS_AT_ONCE, end = first + ROWS_AT_ONCE < p->step->count ? first + ROWS_AT_ONCE : p->step->count;
+    NAME(lower_here)(p->adapting, layer, which, p->in, p->model->hidden, first, end);
+}
 
 static void NAME(enter)(void *with, long item, int worker) {
     const NAME(Pass) *p = with;
@@ -328,6 +357,7 @@ static void NAME(enter)(void *with, long item, int worker) {
             _mm512_storeu_ps(x + i, _mm512_mul_ps(NAME(get16)(row + i), _mm512_set1_ps(m->embedding_scale)));
         NAME(normalise)(p->in + t * m->hidden, x, p->layer->input_norm, m->hidden, m->epsilon);
     }
+    if (p->adapting) NAME(lower_item)(p, item, 0, QKV);
 }
 
 /* x += y, normalised first where the layer has a norm there */
@@ -349,6 +379,7 @@ static void NAME(after_attention)(void *with, long item, int worker) {
         NAME(add)(x, p->y + t * p->padded, p->layer->attention_norm, m->hidden, m->epsilon);
         NAME(normalise)(p->in + t * m->hidden, x, p->layer->feed_norm, m->hidden, m->epsilon);
     }
+    if (p->adapting) NAME(lower_item)(p, item, p->layer - m->layer, GATE_UP);
 }
 
 static void NAME(after_feed)(void *with, long item, int worker) {
@@ -360,6 +391,7 @@ static void NAME(after_feed)(void *with, long item, int worker) {
         NAME(add)(x, p->y + t * p->padded, p->layer->after_norm, m->hidden, m->epsilon);
         if (p->next) NAME(normalise)(p->in + t * m->hidden, x, p->next->input_norm, m->hidden, m->epsilon);
     }
+    if (p->adapting && p->next) NAME(lower_item)(p, item, p->next - m->layer, QKV);
 }
 
 /* head norm and rotation of one head, in place */
@@ -546,7 +578,7 @@ static void NAME(attend)(void *with, long item, int worker) {
 
 static void NAME(run)(Crew *crew, const Model *m, const Step *s, const Span *spans, long span_count, const uint8_t *fresh, Adapting *adapting, char *at) {
     const long T = s->count, rows = T, d = m->head_dim, in_rows = (T + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-    NAME(Pass) p = {.model = m, .step = s, .spans = spans, .fresh = fresh};
+    NAME(Pass) p = {.model = m, .step = s, .spans = spans, .fresh = fresh, .adapting = adapting};
     p.width = padded_to(GROUP, (m->heads + 2 * m->kv_heads) * d);
     p.padded = padded_to(GROUP, m->hidden);
     p.own_size = SPAN_ROWS * d;
