@@ -13,6 +13,7 @@ from typing import Any
 
 from services.chassis.server import Listener
 from services.chassis.telemetry import TelemetrySettings
+from services.finetune.settings import FineTuneSettings
 from services.fleet import FleetSettings
 from services.gateway.settings import GatewaySettings
 from services.gateway.sql_ledger import LedgerSettings
@@ -31,6 +32,7 @@ SECTIONS: tuple[tuple[str, tuple[type[Any], ...]], ...] = (
     ("Every server", (Listener, TelemetrySettings)),
     ("Gateway", (GatewaySettings, StoreSettings, LedgerSettings)),
     ("Inference", (InferenceSettings,)),
+    ("Fine-tuning", (FineTuneSettings,)),
     ("The fleet in one process: all of the above, and", (FleetSettings,)),
 )
 FIELD = re.compile(r"    (?P<name>[a-z_0-9]+): (?P<rest>.*)")
@@ -65,6 +67,8 @@ def default_of(field: dataclasses.Field[Any]) -> str:
         return "in the user's folder"
     if field.default in (None, "", ()):
         return "–"
+    if isinstance(field.default, tuple):
+        return f"`{','.join(map(str, field.default))}`"
     return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
 
 

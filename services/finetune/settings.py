@@ -16,11 +16,9 @@ class JobSettings:
     training_address: str = ""  # host:port at which attempts reach TrainingService; empty: the listener's own
     training_python: Path | None = None  # interpreter of local attempts; None: our own
     runs_dir: Path | None = None  # private folders of local attempts; None: under the cache
-    training_memory_bytes: int | None = field(
-        default=None, metadata={"minimum": 1 << 26}
-    )  # data segment of a local attempt; None: unlimited
+    # Data segment of a local attempt; None: unlimited.
+    training_memory_bytes: int | None = field(default=None, metadata={"minimum": 1 << 26})
     lease_seconds: float = field(default=30.0, metadata={"minimum": 0.2})  # an attempt not heard from for longer is lost
-    report_seconds: float = field(default=2.0, metadata={"minimum": 0.05, "maximum": 10.0})  # between an attempt's reports
     stop_seconds: float = field(default=30.0, metadata={"minimum": 0.1})  # from SIGTERM to SIGKILL: longer than a checkpoint takes
     poll_seconds: float = field(default=1.0, metadata={"minimum": 0.02})  # between looks at a job that nothing woke us for
     retry_seconds: float = field(default=2.0, metadata={"minimum": 0.0})  # first backoff after a lost attempt, jittered, doubled up to 16 x
@@ -71,6 +69,6 @@ class FineTuneSettings:
     caller_public_keys: tuple[str, ...] = ()  # `kid=path` of an Ed25519 public key in PEM
     manifest_key: Path | None = None  # PEM, Ed25519: signs what is published; None: one drawn at start, as tests use
     manifest_kid: str = "finetune"
-    page_token_key: str = field(default="", repr=False)  # 64 hex digits, secret, the same for every process; empty: drawn at start
-    callback_address: str = ""  # host:port of the KubeflowCallback endpoint; empty: none
-    operator_images: tuple[str, ...] = ()  # `name=image@sha256:…` that may report through it; never a tenant's
+    # 64 hex digits, secret, the same for every process: of page tokens, and of the tokens that running attempts have. Empty: drawn at start,
+    # and a restart then ends what runs.
+    page_token_key: str = field(default="", repr=False)
