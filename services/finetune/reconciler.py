@@ -8,7 +8,8 @@ nobody is called lost before one whole lease has passed.
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -85,7 +86,7 @@ class Reconciler:
             now = await sql_jobs.now(connection)
             total, of_project = await sql_jobs.working(connection)
         moved = False
-        for row in rows:
+        for row in in_turn(rows, of_project):
             if row["state"] == State.QUEUED and row["reaped"]:
                 mine = of_project.get(row["project_uid"], 0)
                 limit = self.quotas.running_jobs_per_project
@@ -231,6 +232,19 @@ class Reconciler:
         async with self.store.transaction() as connection:
             row = await sql_jobs.any_job(connection, uid)
         return row is not None and row["attempt"] == attempt and not row["reaped"]
+
+
+def in_turn(rows: Sequence[Record], busy: Mapping[str, int]) -> list[Record]:
+    """Who is looked at first: what runs; then, of the queued, each project's first before any one's second.
+
+    Priority counts within a project alone. `busy`: attempts that each project has under way.
+    """
+    before, ranked = Counter(busy), []
+    for row in sorted(rows, key=lambda each: (-each["priority"], each["create_time"])):
+        queued = row["state"] == State.QUEUED
+        ranked.append((before[row["project_uid"]] if queued else -1, row["create_time"], len(ranked), row))
+        before[row["project_uid"]] += queued
+    return [row for *_, row in sorted(ranked, key=lambda each: each[:3])]
 
 
 def _freed(row: Record) -> dict[str, Any]:

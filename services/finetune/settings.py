@@ -69,6 +69,6 @@ class FineTuneSettings:
     caller_public_keys: tuple[str, ...] = ()  # `kid=path` of an Ed25519 public key in PEM
     manifest_key: Path | None = None  # PEM, Ed25519: signs what is published; None: one drawn at start, as tests use
     manifest_kid: str = "finetune"
-    # 64 hex digits, secret, the same for every process: of page tokens, and of the tokens that running attempts have. Empty: drawn at start,
-    # and a restart then ends what runs.
+    # 64 hex digits, secret, the same for every process: of page tokens, and of the tokens that running attempts have. Empty: drawn at
+    # start, and a restart then ends what runs.
     page_token_key: str = field(default="", repr=False)

@@ -162,7 +162,7 @@ async def claim(connection: AsyncConnection, owner: str, lease_s: float, limit: 
             or_(_j.state.in_(_live), _j.reaped.is_(False)),
             or_(_j.owner == owner, _j.owner_time.is_(None), _j.owner_time < NOW - lease),
         )
-        .order_by(_j.priority.desc(), _j.create_time)
+        .order_by(_j.due_time)  # in turn: what waits at the front hides nothing; who goes first is decided among those found
         .limit(limit)
         .with_for_update(skip_locked=True)
     )

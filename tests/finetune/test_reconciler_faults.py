@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from services.finetune import reconciler as module
 from services.finetune import sql_jobs
 from services.finetune.jobs import Launcher, Seen, State, Where, attempt_name
-from services.finetune.reconciler import BATCH, Reconciler, wanted
+from services.finetune.reconciler import BATCH, Reconciler, in_turn, wanted
 from services.finetune.settings import JobQuotas, JobSettings
 from services.finetune.store import FineTuneStore
 from services.finetune.tokens import TokenMint
@@ -55,7 +55,8 @@ class Faulty:
 def row(uid: str, state: State = State.RUNNING, **changed: Any) -> dict[str, Any]:
     return {
         "uid": uid, "project_uid": "p", "state": state.value, "attempt": 1, "launch_time": NOW, "reaped": False, "nonce": "n",
-        "lease_time": None, "update_time": NOW, "deadline": None, "expire_time": None, "barren": 0, "reason": "",
+        "lease_time": None, "update_time": NOW, "deadline": None, "expire_time": None, "barren": 0, "reason": "", "priority": 2,
+        "create_time": NOW,
     } | changed  # fmt: skip
 
 
@@ -106,6 +107,17 @@ async def test_a_launcher_that_fails_does_not_end_the_reconciler(due: list[dict[
     assert not running.done()
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+def test_no_project_passes_another_by_the_priority_of_its_own_jobs() -> None:
+    jobs = [
+        row("greedy-1", State.QUEUED, project_uid="greedy", priority=3, create_time=NOW),
+        row("greedy-2", State.QUEUED, project_uid="greedy", priority=2, create_time=NOW - timedelta(hours=9)),
+        row("small", State.QUEUED, project_uid="small", priority=1, create_time=NOW + timedelta(hours=1)),
+        row("runs", project_uid="greedy", create_time=NOW + timedelta(hours=2)),
+    ]
+    assert [each["uid"] for each in in_turn(cast("Any", jobs), {})] == ["runs", "greedy-1", "small", "greedy-2"]
+    assert [each["uid"] for each in in_turn(cast("Any", jobs), {"greedy": 1})] == ["runs", "small", "greedy-1", "greedy-2"]
 
 
 async def test_a_full_look_is_followed_by_another_at_once(due: list[dict[str, Any]]) -> None:
