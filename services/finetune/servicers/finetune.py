@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from argosy.v1 import deletion_pb2
 from argosy.v1 import finetune_pb2 as pb
 from services.chassis import bounds, lists
+from services.chassis.channel import remaining
 from services.chassis.errors import (
     EventSequenceAhead,
     FieldInvalid,
@@ -43,6 +44,7 @@ VERSION_NAME = re.compile(rf"projects/({SEGMENT})/datasets/({SEGMENT})/versions/
 ORDERS = frozenset({"create_time", "update_time"})
 STATES = frozenset(State)
 PAGE_EVENTS = 500
+ANSWER_SECONDS = 0.5  # of the deadline, kept from a long poll to answer with what there is
 BOOKMARK_SECONDS = 15.0
 SERVABLE_SECONDS = 60.0  # a watch waits so long for `servable` after SUCCEEDED
 METHODS = {pb.TUNE_METHOD_CLASSIFY: "CLASSIFY", pb.TUNE_METHOD_CHAT: "CHAT", pb.TUNE_METHOD_PREFERENCE: "PREFERENCE"}
@@ -269,7 +271,7 @@ class FineTuneServicer:
         listing = self.desk.listing(request.page_size, request.page_token, "events", request.parent)
         after = int(listing.after[0]) if listing.after is not None else request.after_sequence
         loop = asyncio.get_running_loop()
-        ends = loop.time() + request.wait.ToTimedelta().total_seconds()
+        ends = loop.time() + min(request.wait.ToTimedelta().total_seconds(), remaining(ANSWER_SECONDS))
         while True:
             pulse = self._feed.pulse()
             async with self.desk.store.transaction() as connection:
