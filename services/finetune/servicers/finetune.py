@@ -28,7 +28,7 @@ from services.finetune.bases import Base, Bases
 from services.finetune.datasets import TrainingVersion
 from services.finetune.feed import Feed
 from services.finetune.jobs import LIVE, TERMINAL, State
-from services.finetune.overlap import overlap
+from services.finetune.overlap import shared_rows
 from services.finetune.queries import Record, after_of
 from services.finetune.reconciler import wanted
 from services.finetune.servicers.dataset_messages import deletion
@@ -122,7 +122,7 @@ class FineTuneServicer:
             held = await self._version(connection, spec.validation_version, f"{path}.validation_version", spec.method)
             if held.uid == train.uid:
                 raise FieldInvalid(f"{path}.validation_version", "same_as_train")
-            if (await overlap(self._objects, train, held)).exact_rows:
+            if await shared_rows(self._objects, train, held):
                 raise FieldInvalid(f"{path}.validation_version", "V12.shared_rows")
         if spec.method == pb.TUNE_METHOD_CLASSIFY and len(train.labels) < 2:
             raise FieldInvalid(f"{path}.train_version", "one_label")

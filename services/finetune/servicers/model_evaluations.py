@@ -14,7 +14,7 @@ from services.chassis.errors import FieldInvalid, QuotaExceeded, ResourceNotFoun
 from services.chassis.objects import ObjectMissing, Objects
 from services.finetune import dataset_store, lineage, sql_evaluations, sql_models
 from services.finetune.datasets import TrainingVersion
-from services.finetune.overlap import overlap
+from services.finetune.overlap import shared_rows
 from services.finetune.queries import after_of
 from services.finetune.servicers import model_shown as shown
 from services.finetune.servicers.dataset import VERSION_NAME as DATASET_VERSION_NAME
@@ -120,8 +120,8 @@ class EvaluationMethods:
         for name in sorted(trained):
             try:
                 train = await dataset_store.version_for_training(connection, project_uid, name, AT + "dataset_version")
-                shared = await overlap(self.objects, train, held_out)
+                shared = await shared_rows(self.objects, train, held_out)
             except ObjectMissing:
                 raise WrongState(AT + "dataset_version", "digests_missing") from None
-            if shared.exact_rows:
+            if shared:
                 raise FieldInvalid(AT + "dataset_version", "trained_on")
