@@ -150,6 +150,7 @@ async def open_store(database_url: str, connections: int = 8, *, wait: bool = Fa
         pool_size=connections,
         max_overflow=0,
         pool_timeout=STATEMENT_SECONDS,
+        hide_parameters=True,  # an error's text goes to the log
         pool_pre_ping=True,  # a restart of the database must not fail the next change
         connect_args={"timeout": CONNECT_SECONDS, "command_timeout": STATEMENT_SECONDS + 0.5, "server_settings": _SERVER_SETTINGS},
     )
