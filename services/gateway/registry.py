@@ -38,6 +38,7 @@ ASK_S = 2.0  # one question about a name
 PATIENCE_S = 0.5  # for an answer, where what the name meant is known
 MARGIN_S = 0.2
 LOAD_S = 60.0  # one adapter on one replica
+TOGETHER_S = 2.0  # replicas that load within this are reported together
 REPLICAS_S = 60.0  # that a push waits for the first replica of its base
 TRIES = 3  # of a replica that does not answer; the first call loads what is missing
 PUSHES = 4  # versions pushed at once
@@ -271,14 +272,17 @@ class Pusher:
             owner = fleet_caller(ready.project_uid, ready.project)
             loads = [asyncio.create_task(self._load(shelf, ready.adapter_digest, owner)) for shelf in shelves]
             try:
-                seconds: list[float] = []
-                for load in asyncio.as_completed(loads):
-                    if (taken := await load) is not None:
-                        seconds.append(taken)
-                        if len(seconds) == 1:
-                            await self._report(ready, owner, 1, taken)
-                if len(seconds) > 1:
-                    await self._report(ready, owner, len(seconds), seconds[0])
+                # One word for all of them; a replica that takes longer is not waited for with it.
+                done, _ = await asyncio.wait(loads, timeout=TOGETHER_S)
+                if not any(task.result() is not None for task in done):
+                    for load in asyncio.as_completed(loads):
+                        if await load is not None:
+                            break
+                took = [task.result() for task in loads if task.done()]
+                loaded = [seconds for seconds in took if seconds is not None]
+                if loaded:
+                    await self._report(ready, owner, len(loaded), max(loaded))
+                await asyncio.wait(loads)
             finally:
                 for task in loads:
                     task.cancel()
