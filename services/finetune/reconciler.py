@@ -133,7 +133,8 @@ class Reconciler:
     async def _apply(self, row: Record, job: Job, step: Step, seen: Seen | None) -> None:
         match step.do:
             case Do.WAIT:
-                return
+                if job.state is State.PAUSED and job.expire_time is None:  # it was paused while it was queued
+                    await self._write(row, expire_time=sql_jobs.NOW + timedelta(days=self.settings.paused_days))
             case Do.START:
                 row = await self._start(row)
                 await self._ensure(row)

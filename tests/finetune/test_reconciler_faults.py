@@ -127,6 +127,23 @@ async def test_a_full_look_is_followed_by_another_at_once(due: list[dict[str, An
     assert await reconciler(Faulty()).once() is False
 
 
+async def test_a_job_that_was_paused_while_it_was_queued_expires_too(due: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[dict[str, Any]] = []
+
+    async def owned(connection: Any, found: dict[str, Any]) -> dict[str, Any]:
+        return found
+
+    async def change(connection: Any, found: dict[str, Any], **values: Any) -> dict[str, Any]:
+        written.append(values)
+        return found
+
+    monkeypatch.setattr(sql_jobs, "owned", owned)
+    monkeypatch.setattr(sql_jobs, "change", change)
+    due += [row("a", State.PAUSED, reaped=True), row("b", State.PAUSED, reaped=True, expire_time=NOW + timedelta(days=1))]
+    await reconciler(Faulty()).once()
+    assert [list(values) for values in written] == [["expire_time"]]
+
+
 @pytest.mark.parametrize(
     ("state", "to", "direct"),
     [
