@@ -99,11 +99,17 @@ class LocalLauncher:
         }
         # Below the servers of this machine: training takes what serving leaves.
         words = ["/bin/sh", "-c", SHELL, "attempt", "nice", "-n", "5", *self.command]
-        null = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)
+        # Nothing of ours goes along but the lock: some libraries open sockets and files without close-on-exec.
+        ours = {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, lock} if os.path.isdir("/proc/self/fd") else set()
+        actions = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+            *((os.POSIX_SPAWN_CLOSE, number) for number in ours),
+        ]
         os.set_inheritable(lock, True)
         default = [signal.SIGTERM, signal.SIGINT, signal.SIGPIPE]
-        dup = (os.POSIX_SPAWN_DUP2, 1, 2)
-        self._children.add(os.posix_spawn(words[0], words, environ, setsid=True, file_actions=[*null, dup], setsigdef=default))
+        self._children.add(os.posix_spawn(words[0], words, environ, setsid=True, file_actions=actions, setsigdef=default))
 
     async def observe(self, name: str) -> Seen:
         """See jobs.Launcher."""
