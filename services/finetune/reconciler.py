@@ -240,7 +240,7 @@ def in_turn(rows: Sequence[Record], busy: Mapping[str, int]) -> list[Record]:
 
     Priority counts within a project alone. `busy`: attempts that each project has under way.
     """
-    before, ranked = Counter(busy), []
+    before, ranked = Counter(busy), list[tuple[int, datetime, int, Record]]()
     for row in sorted(rows, key=lambda each: (-each["priority"], each["create_time"])):
         queued = row["state"] == State.QUEUED
         ranked.append((before[row["project_uid"]] if queued else -1, row["create_time"], len(ranked), row))
