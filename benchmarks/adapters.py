@@ -2,6 +2,7 @@
 
     python benchmarks/adapters.py                       all of it
     python benchmarks/adapters.py --no-peft             ours alone
+    python benchmarks/adapters.py --no-turns            one batch, and loading
 
 The adapters are random, rank 16 on every linear layer, signed and stored as a trainer's would be; what they say is nonsense, what they
 cost is not. Ratios are taken within a repetition; the tables give their median and range.
@@ -198,9 +199,10 @@ async def measure(asked: argparse.Namespace, root: Path) -> None:
     await ours.host.start()
     peft = Peft(directory, files, asked.rank, asked.threads) if asked.peft else None
     try:
-        await in_one_batch(ours, peft, rows[: asked.slots], digests[: asked.slots], asked)
-        await in_turns(ours, rows, digests[: 4 * asked.slots], asked)
         await loading(ours, digests[4 * asked.slots :])
+        await in_one_batch(ours, peft, rows[: asked.slots], digests[: asked.slots], asked)
+        if asked.turns:
+            await in_turns(ours, rows, digests[: 4 * asked.slots], asked)
     finally:
         await ours.host.close()
 
@@ -280,6 +282,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--loads", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-turns", dest="turns", action="store_false")
     parser.add_argument("--no-peft", dest="peft", action="store_false")
     asked = parser.parse_args()
     record.header()
