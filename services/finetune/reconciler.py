@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.chassis.errors import StoreUnavailable
 from services.finetune import crash, sql_jobs
-from services.finetune.jobs import WORKING, Attempt, Do, Job, Launcher, NameTaken, Seen, State, Step, attempt_name, decide
+from services.finetune.jobs import TERMINAL, WORKING, Attempt, Do, Job, Launcher, NameTaken, Seen, State, Step, attempt_name, decide
 from services.finetune.queries import Record
 from services.finetune.settings import JobQuotas, JobSettings
 from services.finetune.store import FineTuneStore
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 32  # jobs of one look
 OWNER_SECONDS = 30.0  # of a reconciler not heard from, another takes the jobs
-SWEEP_SECONDS = 60.0  # between looks for orphans
+SWEEP_SECONDS = 10.0  # between looks for orphans
 BACKOFF = 16  # times the first pause at most
 
 
@@ -145,7 +145,7 @@ class Reconciler:
                 await self.launcher.stop(job.name, max(grace, 1.0))
             case Do.REAP:
                 await self.launcher.reap(job.name)
-                if self.clean is not None and job.state is not State.QUEUED:
+                if self.clean is not None and job.state in TERMINAL:
                     await self.clean(row)
                 await self._write(row, reaped=True)
             case Do.LOST:

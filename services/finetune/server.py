@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from services.chassis.lists import PageTokens
 from services.chassis.objects import Objects, open_objects
 from services.chassis.server import Serving, serve
 from services.chassis.telemetry import Telemetry
-from services.finetune import publishing
+from services.finetune import publishing, sql_jobs
 from services.finetune.bases import Bases
 from services.finetune.erasing import Eraser
 from services.finetune.evaluations import Evaluators
@@ -36,6 +36,7 @@ from services.finetune.jobs import Launcher
 from services.finetune.launchers.local import LocalLauncher
 from services.finetune.lineage import Signer
 from services.finetune.model_erasure import ModelDependants
+from services.finetune.queries import Record
 from services.finetune.reconciler import Reconciler
 from services.finetune.servicers import dataset, model, registry, training
 from services.finetune.servicers import finetune as finetuning
@@ -95,6 +96,20 @@ def _secret(hexadecimal: str) -> bytes:
     if len(made) != 32:
         raise ValueError("the page token key must be 64 hex digits")
     return made
+
+
+def _uncommitted(store: FineTuneStore, objects: Objects) -> Callable[[Record], Awaitable[None]]:
+    """Clears away what an ended job's attempts stored and never committed: torn checkpoints, and results, which were copied."""
+
+    async def clean(row: Record) -> None:
+        async with store.transaction() as connection:
+            kept = tuple(each["prefix"] for each in await sql_jobs.checkpoints_of(connection, row["uid"]))
+        found = [path async for path, _ in objects.list(f"jobs/{row['project_uid']}/{row['uid']}")]
+        for path in found:
+            if not path.startswith(kept):
+                await objects.delete(path)
+
+    return clean
 
 
 def _own_name(settings: FineTuneSettings) -> str:
@@ -204,7 +219,7 @@ async def finetune(
                 environment=credentials(os.environ),
             )
             stack.callback(local.close)
-        reconciler = Reconciler(store, launcher, mint, settings.jobs, settings.quotas)
+        reconciler = Reconciler(store, launcher, mint, settings.jobs, settings.quotas, _uncommitted(store, objects))
         wake.append(reconciler.wake)
         await stack.enter_async_context(_working(reconciler.run))
         await serving.ready()

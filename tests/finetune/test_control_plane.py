@@ -245,6 +245,27 @@ async def test_a_job_runs_from_rows_to_a_version_and_is_watched_to_the_end(finet
         assert await refused(there("ListFineTuneJobEvents", ahead)) == "EVENT_SEQUENCE_AHEAD"
         points = await there("ListCheckpoints", pb.ListCheckpointsRequest(parent=job.name))
         assert [point.step for point in points.checkpoints] == [2]
+        there.launcher.seen[trainer.attempt.name] = Seen(Where.EXITED, 0)
+        above = f"jobs/{claim.project_uid}/{job.uid}"
+        async with asyncio.timeout(30):  # what was copied goes; what was committed stays
+            while any("/result/" in path for path in [path async for path, _ in there.running.objects.list(above)]):
+                await asyncio.sleep(0.02)
+        left = {path.rpartition("/")[0].rpartition("/")[2] async for path, _ in there.running.objects.list(above)}
+        assert left == {"step-2"}
+
+
+async def test_what_nobody_chose_is_chosen_and_shown(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        spec = (await there.create()).resolved_spec
+        own = spec.hyperparameters
+        for message, names in (
+            (spec, ("seed", "packing", "seq_len", "validation_fraction", "checkpoint_interval_steps")),
+            (own, ("learning_rate", "epochs", "batch_size", "weight_decay", "warmup_ratio", "max_grad_norm")),
+            (spec.lora, ("rank", "alpha", "dropout", "rslora", "dora")),
+            (spec.early_stopping, ("patience", "min_delta", "interval_steps")),
+        ):
+            assert all(message.HasField(name) for name in names), message
+        assert (own.epochs, own.batch_size, spec.early_stopping.patience) == (3.0, 16, 3)
 
 
 async def test_F24_a_stale_worker_writes_nothing(finetune_url: str, base: Path, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ import asyncio
 import hashlib
 import math
 import re
+import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -44,6 +46,7 @@ VERSION_NAME = re.compile(rf"projects/({SEGMENT})/datasets/({SEGMENT})/versions/
 ORDERS = frozenset({"create_time", "update_time"})
 STATES = frozenset(State)
 PAGE_EVENTS = 500
+AHEAD = timedelta(seconds=55)  # of a deadline: a minute, less what a call takes
 ANSWER_SECONDS = 0.5  # of the deadline, kept from a long poll to answer with what there is
 BOOKMARK_SECONDS = 15.0
 SERVABLE_SECONDS = 60.0  # a watch waits so long for `servable` after SUCCEEDED
@@ -127,8 +130,8 @@ class FineTuneServicer:
         if spec.method == pb.TUNE_METHOD_CLASSIFY and len(train.labels) < 2:
             raise FieldInvalid(f"{path}.train_version", "one_label")
         now = await sql_jobs.now(connection)
-        if asked.HasField("deadline") and asked.deadline.ToDatetime(tzinfo=now.tzinfo) <= now:
-            raise FieldInvalid("fine_tune_job.deadline", "past")
+        if asked.HasField("deadline") and asked.deadline.ToDatetime(tzinfo=now.tzinfo) < now + AHEAD:
+            raise FieldInvalid("fine_tune_job.deadline", "under_a_minute_ahead")
         resolved, size = self._resolved(spec, base, train, held)
         measured = await sql_jobs.rate(connection, spec.base_model, METHODS[spec.method])
         quote = self._quote(resolved, base, size, measured["tokens_per_second"] if measured is not None else None)
@@ -183,8 +186,13 @@ class FineTuneServicer:
                 lora.alpha = 2.0 * lora.rank
             if private and not lora.targets:
                 lora.targets.extend(("q_proj", "v_proj"))
+            lora.dropout, lora.rslora, lora.dora = lora.dropout, lora.rslora, lora.dora  # zero and false, said aloud
         if private and not spec.privacy.HasField("delta"):
-            made.privacy.delta = min(1e-5, 1.0 / max(2, train.rows) ** 1.1)
+            made.privacy.delta = 1.0 / (10 * max(1, train.rows))
+        if not made.HasField("seed"):
+            made.seed = secrets.randbits(31)
+        if not made.HasField("packing"):
+            made.packing = not private
         own_values = made.hyperparameters
         own_values.SetInParent()
         if not own_values.HasField("learning_rate"):
@@ -193,6 +201,9 @@ class FineTuneServicer:
             own_values.epochs = quotes.epochs_for(train.rows)
         if not own_values.HasField("batch_size"):
             own_values.batch_size = max(1, min(quotes.BATCH[method], train.rows))
+        chosen = pb.Hyperparameters(**quotes.OPTIMIZER)
+        chosen.MergeFrom(own_values)
+        own_values.CopyFrom(chosen)
         if not made.HasField("seq_len"):
             longest = train.longest.get(spec.base_model, 0)
             made.seq_len = min(base.context, max(64, 1 << math.ceil(math.log2(max(longest + 64, 64)))), 2048)
@@ -205,6 +216,13 @@ class FineTuneServicer:
             quotes.Work(train.rows, tokens, train.longest.get(spec.base_model, 0), held.rows if held is not None else 0),
             own_values.epochs, own_values.batch_size, own_values.max_steps or None, made.validation_fraction,
         )  # fmt: skip
+        measured = held is not None or made.validation_fraction > 0
+        if measured and not private:
+            made.early_stopping.SetInParent()
+            stopping = made.early_stopping
+            stopping.patience = stopping.patience or quotes.PATIENCE
+            stopping.min_delta = stopping.min_delta
+            stopping.interval_steps = stopping.interval_steps or -(-size.rows // own_values.batch_size)
         if not made.HasField("checkpoint_interval_steps"):
             made.checkpoint_interval_steps = quotes.checkpoint_interval(size.steps)
         return made, size

@@ -308,9 +308,9 @@ class Hyperparameters(_message.Message):
     learning_rate: _builtins.float
     """Largest step; above 0, to 1. Unset: chosen."""
     epochs: _builtins.float
-    """Passes over the rows; above 0, to 100. Unset: 3."""
+    """Passes over the rows; above 0, to 100. Unset: 3, fewer where there are more than 20,000 rows."""
     batch_size: _builtins.int
-    """Rows of one optimizer step; 1..4,096. Unset: the largest power of two that fits."""
+    """Rows of one optimizer step; 1..4,096. Unset: 16 for CLASSIFY, 8 otherwise, at most the rows."""
     weight_decay: _builtins.float
     """Pull towards zero; 0..1. Unset: chosen."""
     warmup_ratio: _builtins.float
@@ -506,7 +506,7 @@ class FineTuneSpec(_message.Message):
 
     @_builtins.property
     def early_stopping(self) -> Global___EarlyStopping:
-        """Ends the job early. Unset: on where there are validation rows."""
+        """Ends the job early. Unset: on where there are validation rows and no privacy."""
 
     @_builtins.property
     def privacy(self) -> Global___Privacy:
