@@ -135,9 +135,7 @@ def kills(count: int, folder: Path) -> None:
             print(
                 f"kill {number + 1}: exit {codes[-1]}, resumed from step {lost[-1]} of {total}, {same} of {number + 1} the same", flush=True
             )
-    print(
-        f"\n{same} of {count} killed runs end with an uninterrupted one's digests; resumed from step {spread(lost, '.0f')} of {total}."
-    )
+    print(f"\n{same} of {count} killed runs end with an uninterrupted one's digests; resumed from step {spread(lost, '.0f')} of {total}.")
     if same != count:
         raise SystemExit(1)
 

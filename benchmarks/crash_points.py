@@ -14,11 +14,13 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from uuid import uuid4
 
 from benchmarks.record import header, table
+from services.chassis.errors import StoreUnavailable
 from services.finetune import crash, reconciler, sql_jobs
 from services.finetune.jobs import State, Where, attempt_name
 from services.finetune.launchers.local import LocalLauncher
@@ -82,7 +84,10 @@ async def until(work: Reconciler, store: FineTuneStore, uid: str, done: object) 
     """Look again and again until the row is so."""
     async with asyncio.timeout(30):
         while True:
-            await work.once(patient=True)
+            try:
+                await work.once(patient=True)
+            except StoreUnavailable:
+                print("store away", file=sys.stderr, flush=True)  # Reconciler.run waits, too
             async with store.transaction() as connection:
                 row = await sql_jobs.any_job(connection, uid)
             assert row is not None
@@ -101,6 +106,8 @@ def forked(url: str, folder: Path, uid: str, point: str, *, to_the_end: bool) ->
         crash._asked, crash._left[0] = point, 1
         asyncio.run(plane(url, folder, uid, to_the_end=to_the_end))
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
@@ -169,7 +176,10 @@ def measure(point: str, runs: int) -> list[object]:
             folder.mkdir()
             uid = asyncio.run(queue(url))
             met += one(url, folder, uid, point)
-            wrong.update(asyncio.run(judged(url, folder, uid)))
+            found = asyncio.run(judged(url, folder, uid))
+            wrong.update(found)
+            if found:
+                print(point, number, found, file=sys.stderr, flush=True)
         os.close(leave[1])
         os.waitpid(server, 0)
     return [point, runs, met, *(wrong[name] for name in WRONG), round(time.monotonic() - began)]

@@ -10,7 +10,7 @@ RULES = "1"
 # Full fine-tuning's rate of small models times ten, as LoRA wants it; a head starts from nothing and brings its own rate.
 LEARNING_RATE = {"CLASSIFY": 5e-4, "CHAT": 2e-4, "PREFERENCE": 2e-5}
 PRIVATE_RATE = 1e-3
-OPTIMIZER = {"weight_decay": 0.0, "warmup_ratio": 0.03, "max_grad_norm": 1.0}
+WEIGHT_DECAY, WARMUP_RATIO, MAX_GRAD_NORM = 0.0, 0.03, 1.0
 PATIENCE = 3  # evaluations without gain
 BATCH = {"CLASSIFY": 16, "CHAT": 8, "PREFERENCE": 8}
 EPOCHS = 3.0

@@ -201,7 +201,7 @@ class FineTuneServicer:
             own_values.epochs = quotes.epochs_for(train.rows)
         if not own_values.HasField("batch_size"):
             own_values.batch_size = max(1, min(quotes.BATCH[method], train.rows))
-        chosen = pb.Hyperparameters(**quotes.OPTIMIZER)
+        chosen = pb.Hyperparameters(weight_decay=quotes.WEIGHT_DECAY, warmup_ratio=quotes.WARMUP_RATIO, max_grad_norm=quotes.MAX_GRAD_NORM)
         chosen.MergeFrom(own_values)
         own_values.CopyFrom(chosen)
         if not made.HasField("seq_len"):
