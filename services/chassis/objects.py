@@ -464,13 +464,15 @@ class Objects:
     async def stream(self, path: str, start: int = 0) -> AsyncGenerator[bytes, None]:
         """See SyncObjects."""
         pieces = self.sync.stream(path, start)
+        reading = self._threads.submit(next, pieces, None)
         try:
-            while (piece := await self.run(next, pieces, None)) is not None:
+            while (piece := await asyncio.wrap_future(reading)) is not None:
                 yield piece
+                reading = self._threads.submit(next, pieces, None)
         finally:
             closing: Any = getattr(pieces, "close", None)
-            if closing is not None:
-                closing()
+            if closing is not None:  # behind a read that goes on: a generator at work cannot be closed
+                reading.add_done_callback(lambda _: closing())
 
     async def size(self, path: str) -> int | None:
         """See SyncObjects."""

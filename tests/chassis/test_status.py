@@ -42,6 +42,7 @@ EXAMPLES: dict[str, ServiceError] = {
         errors.IdempotencyKeyReused(),
         errors.EtagMismatch(),
         errors.UploadFenced(),
+        errors.WorkerFenced(),
         errors.RequestInFlight(),
         errors.UploadOffset(4_096),
         errors.EventSequenceAhead(12),

@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,8 @@ class LocalLauncher:
     environment: Mapping[str, str] = field(default_factory=dict)
     _ending: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)
     _children: set[int] = field(default_factory=set)
+    # A look holds a lock for a moment, and a start has one that a child may inherit: neither beside another.
+    _one: threading.Lock = field(default_factory=threading.Lock)
 
     async def ensure(self, attempt: Attempt) -> None:
         """See jobs.Launcher."""
@@ -61,7 +64,7 @@ class LocalLauncher:
         folder = self._folder(attempt.name)
         digest = hashlib.sha256(f"{attempt.job_uid} {attempt.attempt} {attempt.spec_digest}".encode()).hexdigest()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _lock(folder) as lock:
+        with self._one, _lock(folder) as lock:
             if lock is None:
                 self._own(folder, digest)
                 return  # it runs
@@ -123,7 +126,7 @@ class LocalLauncher:
                     self._children.discard(child)
         if not folder.exists():
             return Seen(Where.ABSENT)
-        with _lock(folder) as lock:
+        with self._one, _lock(folder) as lock:
             if lock is None:
                 return Seen(Where.RUNNING if (folder / "pid").exists() else Where.PENDING)
             if not (folder / "pid").exists():
@@ -150,7 +153,7 @@ class LocalLauncher:
         """Signal the attempt's whole session; False: it is not there. Its lock is held, so its process id is its own."""
         folder = self._folder(name)
         try:
-            with _lock(folder) as lock:
+            with self._one, _lock(folder) as lock:
                 if lock is not None:
                     return False
                 os.killpg(int((folder / "pid").read_text()), number)
