@@ -272,7 +272,8 @@ class FakeTuning(
                 return
             yield finetune_pb2.WatchFineTuneJobResponse(event=event)
             if self.hold_watch is not None:
-                context.add_callback(self.hold_watch.set)
+                if not context.add_callback(self.hold_watch.set):  # it has hung up already
+                    self.hold_watch.set()
                 self.hold_watch.wait(20)
         mark = finetune_pb2.Bookmark(sequence=self.log[-1].sequence, final=self.job.state != Job.STATE_PAUSED)
         yield finetune_pb2.WatchFineTuneJobResponse(bookmark=mark)
