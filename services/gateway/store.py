@@ -5,47 +5,29 @@ next reader would get the answer to the last question (L2).
 """
 
 import asyncio
-import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import alembic.command
-import alembic.config
-import alembic.script
 import asyncpg
-import sqlalchemy.exc
 from sqlalchemy import text
-from sqlalchemy.engine import make_url
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from services.chassis import database
 from services.chassis.errors import StoreUnavailable
 from services.gateway import keys
 from services.gateway.access import SCOPES
 from services.gateway.keys import Grant, KeyRecord
 
-log = logging.getLogger(__name__)
-
 STATEMENT_SECONDS = 2.0
-CONNECT_SECONDS = 2.0
 MIGRATION_LOCK = 0x4152474F5359  # any number that only we use
 PLATFORM_PROJECT = "platform"
 
-_SERVER_SETTINGS = {
-    "application_name": "argosy-gateway",
-    "statement_timeout": f"{STATEMENT_SECONDS * 1000:.0f}",
-    "idle_in_transaction_session_timeout": "10000",
-    "tcp_user_timeout": "5000",
-    "timezone": "UTC",
-    "jit": "off",
-}
-# Classes of SQLSTATE that speak of the server, not of the statement: connection, credentials, resources, operator, system, rollback.
-_DOWN_CLASSES = {"08", "28", "40", "53", "55", "57", "58", "XX"}
-_READ_ONLY = "25006"  # a primary that has become a standby
+_SERVER_SETTINGS = database.server_settings("argosy-gateway", STATEMENT_SECONDS, 10.0)
 
 
 @dataclass(frozen=True)
@@ -54,17 +36,6 @@ class StoreSettings:
 
     database_url: str = ""  # postgresql://…; empty: the fleet's embedded server
     database_connections: int = field(default=8, metadata={"minimum": 2, "maximum": 64})  # hot statements; as many again / 2 for the rest
-
-
-def down(error: BaseException) -> bool:
-    """Whether an error of the driver means that the store cannot answer now, rather than that it refused."""
-    if isinstance(error, sqlalchemy.exc.DBAPIError):
-        state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-        return error.connection_invalidated or state is None or state[:2] in _DOWN_CLASSES or state == _READ_ONLY
-    if isinstance(error, asyncpg.PostgresError):
-        state = error.sqlstate or ""
-        return state[:2] in _DOWN_CLASSES or state == _READ_ONLY
-    return isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.InternalClientError | sqlalchemy.exc.TimeoutError)
 
 
 async def _as_it_was(_: object) -> None:
@@ -79,7 +50,7 @@ class HotPool:
             dsn,
             min_size=0,  # so that the gateway starts while the database is away
             max_size=connections,
-            timeout=CONNECT_SECONDS,
+            timeout=database.CONNECT_SECONDS,
             max_inactive_connection_lifetime=300.0,
             server_settings=_SERVER_SETTINGS,
             reset=_as_it_was,
@@ -106,7 +77,7 @@ class HotPool:
                     raise
                 return rows
         except Exception as error:
-            if down(error):
+            if database.down(error):
                 raise StoreUnavailable from error
             raise
 
@@ -125,21 +96,9 @@ class Store:
         self._engine = engine
         self._dsn = dsn
 
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncConnection]:
-        """One transaction, committed at the end of the block.
-
-        Raises:
-            StoreUnavailable: the database is away, slow or full; nothing was acknowledged.
-            sqlalchemy.exc.IntegrityError: a rule of the schema was broken; the caller names it.
-        """
-        try:
-            async with self._engine.begin() as connection:
-                yield connection
-        except (sqlalchemy.exc.SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            if down(error):
-                raise StoreUnavailable from error
-            raise
+    def transaction(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """See database.transaction."""
+        return database.transaction(self._engine)
 
     async def key(self, uid: str) -> KeyRecord | None:
         """The key of this uid, dead or alive, judged by the database's clock. An unknown uid costs the same work."""
@@ -175,19 +134,7 @@ class Store:
 
     async def listen(self, changed: Callable[[], None]) -> None:
         """Call `changed` whenever a key or project was changed, for as long as a connection lasts; returns when it breaks."""
-        broken = asyncio.Event()
-        try:
-            connection = await asyncpg.connect(self._dsn, timeout=CONNECT_SECONDS, server_settings=_SERVER_SETTINGS)
-        except Exception as error:
-            if down(error):
-                raise StoreUnavailable from error
-            raise
-        try:
-            connection.add_termination_listener(lambda _: broken.set())
-            await connection.add_listener("argosy_keys", lambda *_: changed())
-            await broken.wait()
-        finally:
-            connection.terminate()
+        await database.listen(self._dsn, _SERVER_SETTINGS, "argosy_keys", lambda _: changed())
 
 
 _LIVE = """k.state = 'ACTIVE' AND p.state = 'ACTIVE' AND (k.expire_time IS NULL OR k.expire_time > clock_timestamp())"""
@@ -203,36 +150,8 @@ _ALIVE = f"SELECT k.uid FROM api_keys k JOIN projects p ON p.uid = k.project_uid
 
 
 def migrate(connection: Any) -> None:
-    """Bring the schema to this release's version, on a synchronous connection inside a transaction; one gateway at a time does it."""
-    connection.execute(text("SELECT set_config('statement_timeout', '0', true)"))
-    connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
-    config = alembic.config.Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
-    known = {revision.revision for revision in alembic.script.ScriptDirectory.from_config(config).walk_revisions()}
-    if connection.execute(text("SELECT to_regclass('schema_version')")).scalar() is not None:
-        present = connection.execute(text("SELECT version_num FROM schema_version")).scalar()
-        if present is not None and present not in known:
-            return  # a later release has expanded it; we still fit (F33)
-    alembic.command.upgrade(config, "head")
-
-
-async def _until_migrated(store: Store, engine: AsyncEngine) -> None:
-    pause_s = 0.1
-    while True:
-        try:
-            async with engine.begin() as connection:
-                await connection.run_sync(migrate)
-        except (sqlalchemy.exc.SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            if not down(error):
-                raise
-            log.warning("the database is away; next try in %.1f s", pause_s)
-            await asyncio.sleep(pause_s)
-            pause_s = min(2.0, pause_s * 2)
-        else:
-            store.ready.set()
-            return
+    """See database.migrate."""
+    database.migrate(connection, Path(__file__).parent / "migrations", MIGRATION_LOCK)
 
 
 @asynccontextmanager
@@ -244,20 +163,12 @@ async def open_store(settings: StoreSettings, pepper: bytes, *, wait: bool = Fal
         pepper: the secret of `keys.mac_of`, 32 bytes.
         wait: return only when the schema is ready.
     """
-    url = make_url(settings.database_url).set(drivername="postgresql+asyncpg")
-    dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
-    engine = create_async_engine(
-        url,
-        pool_size=max(1, settings.database_connections // 2),
-        max_overflow=0,
-        pool_timeout=STATEMENT_SECONDS,
-        pool_pre_ping=True,  # a restart of the database must not fail the next change; hot statements have the other pool
-        connect_args={"timeout": CONNECT_SECONDS, "command_timeout": STATEMENT_SECONDS + 0.5, "server_settings": _SERVER_SETTINGS},
-    )
+    # Hot statements have a pool of their own.
+    engine, dsn = database.pool(settings.database_url, max(1, settings.database_connections // 2), STATEMENT_SECONDS, _SERVER_SETTINGS)
     hot = HotPool(dsn, settings.database_connections)
     store = Store(engine, hot, dsn, pepper)
     await hot.open()
-    migrating = asyncio.create_task(_until_migrated(store, engine))
+    migrating = asyncio.create_task(database.until_migrated(engine, migrate, store.ready))
     try:
         if wait:
             await migrating
