@@ -115,6 +115,7 @@ class Serving:
     _health: Any  # grpc_health.v1.health.aio.HealthServicer
     _services: Sequence[str]
     _listener: Listener
+    _telemetry: Telemetry = field(default_factory=Telemetry.off)
     _hurry: asyncio.Event = field(default_factory=asyncio.Event)
     _drain: "asyncio.Task[None] | None" = None
     _ready: bool = False
@@ -184,6 +185,7 @@ class Serving:
             waiting.cancel()
         if self.inflight.count:
             log.warning("cutting %d calls", self.inflight.count)
+            self._telemetry.record("argosy.drain.cut", self.inflight.count)
             self.inflight.cut()
             await self.inflight.idle(3)  # the engines are told to stop first, and their counts waited for
         await self._server.stop(0)  # ends Watch, and handlers stuck in a send
@@ -242,7 +244,7 @@ async def serve(
         health_pb2_grpc.add_HealthServicer_to_server(checks, probes)
         # The one listener without a credential off this machine: gRPC probes of a kubelet speak no TLS, and it serves nothing else.
         health_address = _bind(probes, listener.health_address, None, anywhere=True)
-    serving = Serving(address, health_address, inflight, server, checks, services, listener)
+    serving = Serving(address, health_address, inflight, server, checks, services, listener, telemetry)
     await server.start()
     if probes is not None:
         await probes.start()

@@ -109,6 +109,14 @@ METRICS: Mapping[str, Metric] = {
         Metric("argosy.batch.duration", "histogram", "s", "Time of one engine step.", (), _SECONDS),
         Metric("argosy.engine.restarted", "counter", "{process}", "Starts of an engine process after its first."),
         Metric("argosy.loop.lag", "histogram", "s", "How late the event loop ran a timer.", (), _SECONDS),
+        Metric("argosy.drain.cut", "counter", "{call}", "Calls that a drain did not wait for any longer."),
+        Metric("argosy.cluster.view_age", "gauge", "s", "Time since the cluster last told how things are."),
+        Metric("argosy.gpu.unhealthy", "gauge", "{device}", "GPUs of replicas that the cluster reports as unhealthy."),
+        Metric("argosy.certificate.remaining", "gauge", "s", "Time until the certificate in use ends.", ("argosy.certificate",)),
+        Metric("argosy.certificate.life", "gauge", "1", "Share of the certificate's life that is left.", ("argosy.certificate",)),
+        Metric("argosy.attempt.waiting", "gauge", "{attempt}", "Training attempts that wait for a place.", _REASON),
+        Metric("argosy.attempt.ended", "counter", "{attempt}", "Training attempts at an end.", ("argosy.outcome",)),
+        Metric("argosy.job.ended", "counter", "{job}", "Training jobs at an end.", ("argosy.outcome", "argosy.reason")),
         Metric("argosy.telemetry.dropped", "counter", "{item}", "Telemetry given up on.", ("argosy.signal",)),
     )
 }

@@ -35,7 +35,7 @@ SCOPES: Final = frozenset(
     }
 )  # fmt: skip
 
-MAX_STREAM_SECONDS: Final = 300.0  # what writes text, and every stream
+MAX_STREAM_SECONDS: Final = 300.0  # what writes text, and every stream, unless the settings say less or more
 MAX_CALL_SECONDS: Final = 30.0
 
 
@@ -49,11 +49,10 @@ class Access:
     stream: bool = False  # the server streams
     client_stream: bool = False
 
-    @property
-    def cap_s(self) -> float:
+    def cap_s(self, max_stream_s: float = MAX_STREAM_SECONDS) -> float:
         """The deadline of a call that has none, and the longest one may ask for."""
         long = self.stream or self.client_stream or self.cost in {Cost.TOKENS, Cost.PASSES}
-        return MAX_STREAM_SECONDS if long else MAX_CALL_SECONDS
+        return max_stream_s if long else min(MAX_CALL_SECONDS, max_stream_s)
 
 
 def _rows(service: str, **methods: Access) -> dict[str, Access]:

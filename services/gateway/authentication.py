@@ -24,7 +24,7 @@ import grpc
 from services.chassis.errors import ApiKeyInvalid, RateLimited, ScopeMissing, ServiceError, StoreUnavailable
 from services.chassis.identity import Caller
 from services.chassis.interceptors import Incoming
-from services.gateway.access import MAX_CALL_SECONDS, access_of
+from services.gateway.access import MAX_CALL_SECONDS, MAX_STREAM_SECONDS, access_of
 from services.gateway.keys import KeyRecord, Presented, fingerprint, parse, proves
 
 log = logging.getLogger(__name__)
@@ -309,7 +309,7 @@ def permit(method: str, caller: Caller) -> None:
         raise ScopeMissing(access.scope)
 
 
-def deadline_cap_s(method: str) -> float:
+def deadline_cap_s(method: str, max_stream_s: float = MAX_STREAM_SECONDS) -> float:
     """The `deadline_cap_s` of the gateway's door, in seconds."""
     access = access_of(method)
-    return MAX_CALL_SECONDS if access is None else access.cap_s
+    return MAX_CALL_SECONDS if access is None else access.cap_s(max_stream_s)

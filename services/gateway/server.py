@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from services.chassis.interceptors import Authenticate, Incoming, Policy
 from services.chassis.lists import PageTokens
 from services.chassis.server import Serving, public, serve
 from services.chassis.telemetry import Telemetry
-from services.gateway.access import MAX_STREAM_SECONDS
 from services.gateway.authentication import authenticating, deadline_cap_s, permit
 from services.gateway.finetune import FineTune
 from services.gateway.finetune import credentials as finetune_credentials
@@ -146,14 +146,15 @@ async def running(
             telemetry.record("argosy.auth.refused", 1, {"argosy.reason": refused.reason})
             raise
 
-    policy = Policy(authenticate=known, permit=permit, deadline_cap_s=deadline_cap_s, strip="x-")
+    cap_s = partial(deadline_cap_s, max_stream_s=settings.max_stream_seconds)
+    policy = Policy(authenticate=known, permit=permit, deadline_cap_s=cap_s, strip="x-")
     async with replicas.watching(), Pusher(finetune, replicas, meanings, telemetry).following():
         async with serve(
             settings.listener,
             register,
             [descriptor.full_name for descriptor in (*(descriptor for descriptor, _ in services), *SERVICES)],
             policy=policy,
-            options=public(MAX_STREAM_SECONDS),
+            options=public(settings.max_stream_seconds),
             telemetry=telemetry,
             signals=signals,
         ) as serving:

@@ -29,6 +29,8 @@ class GatewaySettings:
 
     listener: Listener = field(default_factory=Listener)
     placing: Placing = field(default_factory=Placing)
+    # The longest that a call may take: its deadline if it names none, and what a drain has to wait for.
+    max_stream_seconds: float = field(default=300.0, metadata={"minimum": 1.0, "maximum": 86_400.0})
     inference_addresses: tuple[str, ...] = ()  # host:port of each replica
     inference_ca: Path | None = None  # PEM; without it replicas must be on this machine
     inference_certificate: Path | None = None  # PEM, what we show to replicas

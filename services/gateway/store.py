@@ -180,13 +180,14 @@ async def open_store(settings: StoreSettings, pepper: bytes, *, wait: bool = Fal
         await engine.dispose()
 
 
-async def bootstrap(store: Store, kept: Path | None = None, environment: str = "live") -> str:
+async def bootstrap(store: Store, kept: Path | None = None, environment: str = "live", *, another: bool = False) -> str:
     """Make the platform project and its key, if there are none, and return the key.
 
     Args:
         store: with its schema ready.
         kept: a file, mode 0600, where the key is kept between starts: the store cannot tell it again.
         environment: goes into the key's text.
+        another: make a key even if there is one, for whoever has lost it.
 
     Returns:
         The key; empty if one exists and `kept` does not hold it. With `kept`, a lost file is answered by a new key.
@@ -195,34 +196,65 @@ async def bootstrap(store: Store, kept: Path | None = None, environment: str = "
     if held and (presented := keys.parse(held)) and keys.proves(presented, await store.key(presented.uid), store.pepper):
         return held
     async with store.transaction() as connection:
-        await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
-        project = (
-            await connection.execute(text("SELECT uid FROM projects WHERE name = :name AND state <> 'DELETED'"), {"name": PLATFORM_PROJECT})
-        ).scalar()
-        if project is None:
-            project = str(uuid4())
-            await connection.execute(
-                text("INSERT INTO projects (uid, name, display_name, kv_secret) VALUES (:uid, :name, 'Platform', :secret)"),
-                {"uid": project, "name": PLATFORM_PROJECT, "secret": os.urandom(32)},
-            )
-            await connection.execute(text("INSERT INTO quota_policies (project_uid) VALUES (:uid)"), {"uid": project})
-        elif (
-            kept is None
-            and (
-                await connection.execute(
-                    text("SELECT 1 FROM api_keys WHERE project_uid = :uid AND 'platform' = ANY(scopes) AND state = 'ACTIVE' LIMIT 1"),
-                    {"uid": project},
-                )
-            ).scalar()
-        ):
+        project = await _platform(connection)
+        if kept is None and not another and (await connection.execute(text(_HAS_KEY), {"uid": project})).scalar():
             return ""
-        minted = keys.mint(str(uuid4()), environment, store.pepper)
-        await connection.execute(
-            text("INSERT INTO api_keys (project_uid, uid, display_name, mac, scopes) VALUES (:project, :uid, 'bootstrap', :mac, :scopes)"),
-            {"project": project, "uid": minted.uid, "mac": minted.mac, "scopes": sorted(SCOPES)},
-        )
+        token = await _minted(connection, project, "bootstrap", environment, store.pepper, SCOPES)
         if kept is not None:
-            _keep(kept, minted.token)
+            _keep(kept, token)
+    return token
+
+
+async def lend(store: Store, seconds: int, scopes: frozenset[str], environment: str = "live") -> str:
+    """A key of the platform's with these scopes, which ends by itself after `seconds`."""
+    async with store.transaction() as connection:
+        return await _minted(connection, await _platform(connection), "lent", environment, store.pepper, scopes, seconds)
+
+
+_HAS_KEY = "SELECT 1 FROM api_keys WHERE project_uid = :uid AND 'platform' = ANY(scopes) AND state = 'ACTIVE' LIMIT 1"
+
+
+async def _platform(connection: AsyncConnection) -> str:
+    """The uid of the platform's project, made if there is none."""
+    await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+    asked = text("SELECT uid FROM projects WHERE name = :name AND state <> 'DELETED'")
+    found = (await connection.execute(asked, {"name": PLATFORM_PROJECT})).scalar()
+    if found is not None:
+        return str(found)
+    uid = str(uuid4())
+    await connection.execute(
+        text("INSERT INTO projects (uid, name, display_name, kv_secret) VALUES (:uid, :name, 'Platform', :secret)"),
+        {"uid": uid, "name": PLATFORM_PROJECT, "secret": os.urandom(32)},
+    )
+    await connection.execute(text("INSERT INTO quota_policies (project_uid) VALUES (:uid)"), {"uid": uid})
+    return uid
+
+
+async def _minted(
+    connection: AsyncConnection,
+    project: str,
+    display_name: str,
+    environment: str,
+    pepper: bytes,
+    scopes: frozenset[str],
+    seconds: int | None = None,
+) -> str:
+    """The text of a new key of the project; without `seconds` it does not end."""
+    minted = keys.mint(str(uuid4()), environment, pepper)
+    await connection.execute(
+        text(
+            """INSERT INTO api_keys (project_uid, uid, display_name, mac, scopes, expire_time)
+            VALUES (:project, :uid, :name, :mac, :scopes, clock_timestamp() + make_interval(secs => CAST(:seconds AS double precision)))"""
+        ),
+        {
+            "project": project,
+            "uid": minted.uid,
+            "name": display_name,
+            "mac": minted.mac,
+            "scopes": sorted(scopes),
+            "seconds": seconds,
+        },
+    )
     return minted.token
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from services.chassis.errors import StoreUnavailable
 from services.gateway import keys
 from services.gateway.schema import METADATA
-from services.gateway.store import StoreSettings, bootstrap, migrate, open_store
+from services.gateway.store import StoreSettings, bootstrap, lend, migrate, open_store
 
 PEPPER = b"p" * 32
 
@@ -117,3 +117,25 @@ async def _until_sleeping(store: object) -> None:
             )
             if sleeping.scalar():
                 return
+
+
+async def test_bootstrap_makes_another_key_for_who_lost_it_and_lends_one_that_ends(postgres_url: str) -> None:
+    async with open_store(StoreSettings(database_url=postgres_url), PEPPER, wait=True) as store:
+        await bootstrap(store)
+        assert await bootstrap(store) == ""
+        another = keys.parse(await bootstrap(store, another=True))
+        lent = keys.parse(await lend(store, 60, frozenset({"generate"})))
+        assert another is not None
+        assert lent is not None
+        found = [await store.key(each.uid) for each in (another, lent)]
+        assert [record is not None and record.live for record in found] == [True, True]
+        assert found[0] is not None
+        assert found[0].grant.expire_time is None
+        assert found[1] is not None
+        assert found[1].grant.expire_time is not None
+        assert found[1].grant.scopes == {"generate"}
+        ended = keys.parse(await lend(store, 0, frozenset({"generate"})))
+        assert ended is not None
+        record = await store.key(ended.uid)
+        assert record is not None
+        assert not record.live
