@@ -1,0 +1,139 @@
+"""The tiers: what a machine cannot run is skipped with a line that says so, or fails where `ARGOSY_REQUIRE_TIERS` names the tier."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from tests.deploy.reach import Reach
+from tools.cluster.cluster import ROOT
+from tools.cluster.node import lacking
+from tools.cluster.packages import ToolMissing
+from tools.cluster.toolbox import Toolbox
+
+HERE = Path(__file__).parent
+TIERS = {"render": 0, "control_plane": 1, "node": 2, "faults": 3}
+NEEDS: dict[int, Callable[[Toolbox], Any]] = {  # in a rising order: a tier needs what is below it too
+    0: lambda tools: tools.clients,
+    1: lambda tools: tools.control_plane,
+    2: lambda tools: tools.node,
+}
+SETUP_SECONDS = 300  # of a test's time limit: the first of a session also starts the cluster
+_toolbox = Toolbox()
+_missing: dict[int, str] = {}
+_skipped: Counter[int] = Counter()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for tier in range(4):
+        config.addinivalue_line("markers", f"tier{tier}: needs what tier {tier} of docs/adr/0016-cluster-harness.md needs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if (tier := _tier(item)) is not None:
+            item.add_marker(f"tier{tier}")
+            if tier and not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(SETUP_SECONDS))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fetch and build before the first test: it may take ten minutes, and no test's time limit should pay for it."""
+    wanted = max((tier for item in session.items if (tier := _tier(item)) is not None), default=-1)
+    if wanted < 0 or session.config.option.collectonly:
+        return
+    capture = session.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        for tier, need in NEEDS.items():
+            reason = "" if tier > wanted else _lacks(tier, need)
+            for above in range(tier, 4) if reason else ():
+                _missing.setdefault(above, reason)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    tier = _tier(item)
+    if tier is not None and tier in _missing:
+        _unavailable(tier, _missing[tier])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for tier, count in sorted(_skipped.items()):
+        terminalreporter.write_line(f"TIER {tier} DID NOT RUN: {count} tests skipped: {_missing[tier]}", red=True, bold=True)
+
+
+def _tier(item: pytest.Item) -> int | None:
+    return TIERS.get(item.path.relative_to(HERE).parts[0]) if item.path.is_relative_to(HERE) else None
+
+
+def _lacks(tier: int, need: Callable[[Toolbox], Any]) -> str:
+    """Why this machine cannot run the tier; empty where it can."""
+    if tier == 1 and _existing():
+        return ""
+    if tier == 2 and (reason := lacking()):
+        return reason
+    try:
+        need(_toolbox)
+    except ToolMissing as error:
+        return str(error)
+    return ""
+
+
+def _unavailable(tier: int, reason: str) -> NoReturn:
+    if str(tier) in os.environ.get("ARGOSY_REQUIRE_TIERS", "").split(","):
+        pytest.fail(f"tier {tier} is required and cannot run: {reason}", pytrace=False)
+    _skipped[tier] += 1
+    pytest.skip(f"tier {tier} cannot run here: {reason}")
+
+
+def _existing() -> Path | None:
+    """A cluster that somebody lends to the tests by saying so twice, so that it is never production by accident."""
+    if os.environ.get("ARGOSY_TEST_CLUSTER") != "existing":
+        return None
+    return Path(os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config")
+
+
+@contextmanager
+def _started(tier: int, toolbox: Toolbox) -> Iterator[Reach]:
+    """A cluster of this session's own; a second process takes it down, so that a killed session leaves nothing either."""
+    folder = Path(tempfile.mkdtemp(prefix=f"argosy-tier{tier}-"))
+    command = [sys.executable, "-m", "tools.cluster"]
+    reaper = subprocess.Popen(
+        [*command, "down", "--folder", folder, "--when-stdin-closes"], stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True
+    )
+    with reaper:
+        done = subprocess.run(
+            [*command, "up", f"--tier={tier}", "--folder", folder],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+        if done.returncode:
+            pytest.fail(f"tier {tier} did not come up: {done.stderr}", pytrace=False)
+        yield Reach(folder / "kubeconfig", toolbox, existing=False, folder=folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def toolbox() -> Toolbox:
+    """Where helm, kubectl and the rest are."""
+    return _toolbox
+
+
+@pytest.fixture(scope="session")
+def control_plane(toolbox: Toolbox) -> Iterator[Reach]:
+    """Tier 1: a real control plane with fake nodes, or the cluster that was lent."""
+    if config := _existing():
+        yield Reach(config, toolbox, existing=True)
+        return
+    with _started(1, toolbox) as reach:
+        yield reach
