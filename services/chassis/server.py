@@ -249,6 +249,7 @@ async def serve(
     if probes is not None:
         await probes.start()
     log.info("listening on %s", address)
+    telemetry.record("argosy.drain.cut", 0)  # a counter that is first seen at its end has not grown
     try:
         async with telemetry.watching_lag(LAG_UNREADY_S, serving.lagging):
             with _signals(serving) if signals else contextlib.nullcontext():
