@@ -9,7 +9,7 @@ MODEL ?= default
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fleet test unit check protos bench bench-vllm bench-served bench-tune clean
+.PHONY: help setup demo fleet test unit check protos bench bench-vllm bench-served bench-tune images clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ bench-tune: $(STAMP)  ## training against transformers and TRL, checkpoints, upl
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl]'
 	@for what in training checkpoints upload adapters explain servable; do \
 	  printf '\n## %s\n' "$$what" && $(BIN)/python -m benchmarks.$$what || exit 1; done
+
+images: $(STAMP)  ## every image without a container daemon, into ~/.cache/argosy/images
+	$(BIN)/python -m tools.images build gateway finetune inference trainer weights pause
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .venv-* build .mypy_cache .ruff_cache .pytest_cache

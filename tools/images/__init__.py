@@ -1,0 +1,1 @@
+"""The container images without a container daemon: Debian packages, hashed wheels and our code as OCI archives, equal at every build."""
