@@ -21,7 +21,7 @@ from services.gateway.servicers.forwarded import SERVICES as FORWARDED
 ROOT = Path(__file__).parents[1]
 DRAWERS = {"util", "utils", "common", "helper", "helpers", "misc", "base", "manager", "managers", "shared", "lib"}
 SERVICES = ("gateway", "inference", "finetune", "fleet")
-MACHINE = re.compile(r"(?<![\w./])/(?:root|home/\w|Users/\w|work/\w|mnt/\w|tmp/(?!x\b)\w)")
+MACHINE = re.compile(r"(?<![\w./])/(?:root|home/\w|Users/\w|work/\w|mnt/\w|tmp/(?!(?:x|home)\b)\w)")
 REGISTRY = re.compile(
     r"pythonhosted\.org|pypi\.org|docker\.io|ghcr\.io|quay\.io|nvcr\.io|(?:extra-)?index-url|https?://[^/\s\"']*:[^/\s\"']*@"
 )

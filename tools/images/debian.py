@@ -16,7 +16,7 @@ PYTHON = "usr/bin/python3.11"
 _FORMAT = "1"  # raised when the files written here change
 _DROPPED = ("usr/share/man", "usr/share/lintian", "usr/share/locale", "usr/share/info", "usr/share/python3/runtime.d", "usr/share/pixmaps")
 _FILES = {
-    "etc/passwd": f"root:x:0:0:root:/root:/sbin/nologin\nargosy:x:{USER}:{USER}:argosy:{HOME}:/sbin/nologin\n",
+    "etc/passwd": f"root:x:0:0:root:/:/sbin/nologin\nargosy:x:{USER}:{USER}:argosy:{HOME}:/sbin/nologin\n",
     "etc/group": f"root:x:0:\nargosy:x:{USER}:\n",
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
     f"{VENV[1:]}/pyvenv.cfg": "home = /usr/bin\ninclude-system-site-packages = false\nversion = 3.11\n",
