@@ -34,11 +34,11 @@ class Expired(Exception):
 class Unreachable(Exception):
     """The cluster did not answer, or refused; `reason` is for people. `retry_after_s`: it asked for that much patience."""
 
-    def __init__(self, reason: str, retry_after_s: float = 0.0) -> None:
+    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
         """Bound what is believed of `retry_after_s`."""
         super().__init__(reason)
         self.reason = reason
-        self.retry_after_s = min(max(retry_after_s, 0.0), RETRY_AFTER_SECONDS)
+        self.retry_after_s = min(max(retry_after_s or 0.0, 0.0), RETRY_AFTER_SECONDS)
 
 
 class Kind(enum.StrEnum):
@@ -64,13 +64,15 @@ class Event(Generic[T]):
 class Pace:
     """One request a second and a few at once; a failure spends what was saved, so an outage sees one a second and no more.
 
-    Shared by all that ask one API server. Safe from several threads.
+    Shared by all that ask one API server: those who follow wait for their turn, and a command asks whether it may go at once. Safe from
+    several threads.
     """
 
     spacing_s: float = SPACING_SECONDS
     burst: int = BURST
     clock: Callable[[], float] = time.monotonic
-    _next: float = field(default=float("-inf"))  # when the bucket would be full again, less its depth
+    _next: float = field(default=float("-inf"))  # the next turn, but for those that were saved
+    _down: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self) -> float:
@@ -81,10 +83,27 @@ class Pace:
             self._next = turn + self.spacing_s
             return max(0.0, turn - now)
 
-    def failed(self) -> None:
-        """Spend what was saved: the next turn is a whole spacing away."""
+    def go(self) -> bool:
+        """Whether a command may be sent now: always while all is well, once a turn through an outage."""
         with self._lock:
-            self._next = max(self._next, self.clock() + self.spacing_s)
+            now = self.clock()
+            if not self._down:
+                return True
+            if self._next > now:
+                return False
+            self._next = now + self.spacing_s
+            return True
+
+    def answered(self) -> None:
+        """All is well: commands go freely."""
+        with self._lock:
+            self._down = False
+
+    def failed(self, retry_after_s: float = 0.0) -> None:
+        """Spend what was saved: the next turn is a spacing away, or as long as was asked for."""
+        with self._lock:
+            self._down = True
+            self._next = max(self._next, self.clock() + max(self.spacing_s, retry_after_s))
 
 
 @dataclass(eq=False)
@@ -147,11 +166,13 @@ def follow(
             listed = clock()
             found, version = list_()
             view = dict(found)
+            pace.answered()
             heard()
             seen(view)
             _turn(pace, wait)
             for event in () if stopped.is_set() else watch(version):
                 pause = 0.0  # only a watch that tells something says that all is well
+                pace.answered()
                 heard()
                 if _apply(view, event):
                     seen(view)
@@ -165,11 +186,11 @@ def follow(
         except Exception as error:
             if not isinstance(error, Unreachable):
                 log.exception("a view of the cluster failed on our side")
-            pace.failed()
+            asked = error.retry_after_s if isinstance(error, Unreachable) else 0.0
+            pace.failed(asked)
             failed(error)
             first, longest = BACKOFF_SECONDS
             pause = min(longest, max(first, pause * 2))
-            asked = error.retry_after_s if isinstance(error, Unreachable) else 0.0
             wait(max(pause * (0.5 + chance() / 2), asked))
 
 
@@ -181,9 +202,9 @@ def _turn(pace: Pace, wait: Callable[[float], object]) -> None:
 
 def _apply(view: dict[str, T], event: Event[T]) -> bool:
     """Whether the event changed the view."""
-    if event.kind is Kind.BOOKMARK:
+    if event.kind == Kind.BOOKMARK:
         return False
-    if event.kind is Kind.DELETED or event.object is None:
+    if event.kind == Kind.DELETED or event.object is None:
         return view.pop(event.key, None) is not None
     view[event.key] = event.object
     return True
