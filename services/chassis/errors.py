@@ -315,8 +315,9 @@ class RateLimited(ServiceError, code="RESOURCE_EXHAUSTED", details=_QUOTA, retry
 class QuotaExceeded(ServiceError, code="RESOURCE_EXHAUSTED", details=_QUOTA, retry=Retry.NEVER):
     """The quota is used up."""
 
-    def __init__(self, subject: str) -> None:
-        super().__init__(subject=subject)
+    def __init__(self, subject: str, asked: object = None, limit: object = None) -> None:
+        """`subject` is a limit's name; `asked` and `limit`, what is left of it, are in its unit."""
+        super().__init__(subject=subject, asked=asked, limit=limit)
 
 
 class SlowConsumer(ServiceError, code="RESOURCE_EXHAUSTED", retry=Retry.NEVER):

@@ -36,6 +36,10 @@ class Caller:
     kv_scope: str  # hex, secret of the project: root of its prefix cache
     models: tuple[str, ...] = ()  # the key's model list; empty: all
     output_token_ceiling: int | None = None  # tokens of one request; None: the model's own
+    # What calls that start jobs may take; None: unlimited, or not such a call.
+    concurrent_jobs: int | None = None
+    job_nanos_left: int | None = None  # of today's budget, 1e-9 of the currency's unit
+    job_seconds_left: int | None = None  # of the device, today
 
 
 _CLAIMS = tuple(field.name for field in fields(Caller))  # asdict would copy each value deeply, on every call
@@ -146,9 +150,12 @@ def _caller(claims: Mapping[str, Any]) -> Caller:
             raise CallerRefused(f"{name} is not a list of text")
         return value
 
-    ceiling = claims.get("output_token_ceiling")
-    if ceiling is not None and (isinstance(ceiling, bool) or not isinstance(ceiling, int) or ceiling < 0):
-        raise CallerRefused("output_token_ceiling is not a count")
+    def count(name: str) -> int | None:
+        value = claims.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise CallerRefused(f"{name} is not a count")
+        return value
+
     return Caller(
         project_uid=text("project_uid"),
         project=text("project"),
@@ -157,5 +164,8 @@ def _caller(claims: Mapping[str, Any]) -> Caller:
         request_id=text("request_id"),
         kv_scope=text("kv_scope"),
         models=tuple(texts("models")),
-        output_token_ceiling=ceiling,
+        output_token_ceiling=count("output_token_ceiling"),
+        concurrent_jobs=count("concurrent_jobs"),
+        job_nanos_left=count("job_nanos_left"),
+        job_seconds_left=count("job_seconds_left"),
     )

@@ -8,16 +8,18 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.chassis import signing
 from services.chassis.errors import NotStarted, ResourceNotFound, ServiceError, StoreUnavailable
-from services.finetune import dataset_store, gate, lineage, sql_evaluations, sql_models
+from services.finetune import dataset_store, gate, lineage, sql_charges, sql_evaluations, sql_models
 from services.finetune.bases import Bases
 from services.finetune.examining import Examinee, Task
 from services.finetune.gate import Outcomes, Verdict
@@ -111,6 +113,8 @@ class Evaluators:
     signer: Signer
     host: Host = field(default_factory=ProcessHost)
     threads: int | None = None
+    nanos_per_second: int = 0  # of a measuring process, 1e-9 of `currency`'s unit
+    currency: str = "USD"
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def wake(self) -> None:
@@ -137,7 +141,7 @@ class Evaluators:
         async with self.store.transaction() as connection:
             row = await sql_evaluations.claim(connection)
             if row is not None and row["attempts"] > sql_evaluations.ATTEMPTS:
-                await sql_evaluations.end(connection, row, "FAILED", failure=DIED)
+                await self._end(connection, row, "FAILED", 0.0, failure=DIED)
                 return True
         if row is None:
             return False
@@ -157,7 +161,7 @@ class Evaluators:
         except ServiceError as error:
             await self._fail(row, failure_of(error))
             return
-        measured_rows = 0
+        measured_rows, began = 0, time.monotonic()
 
         async def progress(rows: int) -> bool:
             nonlocal measured_rows
@@ -170,9 +174,9 @@ class Evaluators:
             if said is None:
                 return
             if said.outcomes is None:
-                await self._fail(row, {"reason": "ARTIFACT_REJECTED", "metadata": {"rule": said.failed}})
+                await self._fail(row, {"reason": "ARTIFACT_REJECTED", "metadata": {"rule": said.failed}}, time.monotonic() - began)
                 return
-            await self._judged(row, name, digest, said.outcomes)
+            await self._judged(row, name, digest, said.outcomes, time.monotonic() - began)
         except MeasurerDied:
             log.warning("the measuring process died", extra={"evaluation": row["uid"]})
             await self._give_back(row, spent=True)
@@ -180,15 +184,29 @@ class Evaluators:
             holding.cancel()
             await asyncio.gather(holding, return_exceptions=True)
 
-    async def _judged(self, row: Record, name: str, digest: str, outcomes: Mapping[str, Outcomes]) -> None:
+    async def _judged(self, row: Record, name: str, digest: str, outcomes: Mapping[str, Outcomes], seconds: float) -> None:
         others = {other: found for other, found in outcomes.items() if other != CANDIDATE}
         verdict = await asyncio.to_thread(gate.judge, row["metric"], outcomes[CANDIDATE], others, row["margin"], row["seed"])
         envelope = self.signer.seal(verdict_statement(row, name, digest, verdict))
         async with self.store.transaction() as connection:
-            await sql_evaluations.end(
-                connection, row, "PASSED" if verdict.passed else "NOT_PASSED", verdict=json.loads(json.dumps(verdict.as_json())),
-                envelope=envelope, measured_rows=len(outcomes[CANDIDATE].values),
+            await self._end(
+                connection, row, "PASSED" if verdict.passed else "NOT_PASSED", seconds,
+                verdict=json.loads(json.dumps(verdict.as_json())), envelope=envelope, measured_rows=len(outcomes[CANDIDATE].values),
             )  # fmt: skip
+
+    async def _end(self, connection: AsyncConnection, row: Record, state: str, seconds: float, **values: Any) -> None:
+        """End it and say what it owes: the seconds of the process that ended it. What died or was given back on the way is ours to pay."""
+        if not await sql_evaluations.end(connection, row, state, **values):
+            return
+        model = await sql_models.model_by_uid(connection, row["project_uid"], row["model_uid"])
+        if model is None:
+            return
+        name = f"projects/{model['project']}/models/{model['name']}"
+        owed = sql_charges.Charge(
+            row["project_uid"], model["project"], row["key_id"], row["uid"], 1, "EVALUATION", name, f"{name}/versions/{row['candidate']}",
+            self.currency, sql_charges.nanos_of(seconds, self.nanos_per_second), seconds, "FAILED" if state == "FAILED" else "DONE",
+        )  # fmt: skip
+        await sql_charges.add(connection, owed)
 
     async def _task(self, row: Record) -> tuple[Task, str, str]:
         """What to measure, the model's resource name, and the candidate's digest. Raises ResourceNotFound for what was erased."""
@@ -230,9 +248,9 @@ class Evaluators:
             async with self.store.transaction() as connection:
                 await sql_evaluations.release(connection, row, spent=spent)
 
-    async def _fail(self, row: Record, failure: Mapping[str, Any]) -> None:
+    async def _fail(self, row: Record, failure: Mapping[str, Any], seconds: float = 0.0) -> None:
         async with self.store.transaction() as connection:
-            await sql_evaluations.end(connection, row, "FAILED", failure=failure)
+            await self._end(connection, row, "FAILED", seconds, failure=failure)
 
 
 def examinee(role: str, version: Record) -> Examinee:

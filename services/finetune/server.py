@@ -25,7 +25,7 @@ from services.chassis.lists import PageTokens
 from services.chassis.objects import Objects, open_objects
 from services.chassis.server import Serving, serve
 from services.chassis.telemetry import Telemetry
-from services.finetune import publishing, sql_jobs
+from services.finetune import publishing, sql_charges, sql_jobs
 from services.finetune.bases import Bases
 from services.finetune.erasing import Eraser
 from services.finetune.evaluations import Evaluators
@@ -41,7 +41,7 @@ from services.finetune.reconciler import Reconciler
 from services.finetune.servicers import dataset, model, registry, training
 from services.finetune.servicers import finetune as finetuning
 from services.finetune.servicers.dataset import DatasetServicer
-from services.finetune.servicers.finetune import FineTuneServicer
+from services.finetune.servicers.finetune import FineTuneServicer, pause
 from services.finetune.servicers.finetune import servable as on_servable
 from services.finetune.servicers.model import ModelServicer
 from services.finetune.servicers.registry import RegistryServicer
@@ -56,11 +56,19 @@ from services.pretrained import weights
 AUDIENCE = "argosy.finetune"  # what the gateway signs callers for
 UNARY_SECONDS = 60.0  # deadline cap of what is no stream
 STREAM_SECONDS = 3_600.0  # of uploads, reads and watches: a watch that ends resumes at its cursor
-STREAMS = ("WriteUpload", "ReadDatasetVersion", "WatchFineTuneJob", "WatchVersions", "ExportModelVersion", "ImportModelVersion")
+STREAMS = (
+    "WriteUpload",
+    "ReadDatasetVersion",
+    "WatchFineTuneJob",
+    "WatchVersions",
+    "WatchCharges",
+    "ExportModelVersion",
+    "ImportModelVersion",
+)
 TRAINING = "/argosy.internal.training.v1.TrainingService/"
 TRAINER = "services.finetune.trainer"
 REGISTRY = "/argosy.internal.registry.v1.RegistryService/"
-FLEET = ("WatchVersions", "ReportServable")  # of the gateway itself, not for a tenant's call
+FLEET = ("WatchVersions", "ReportServable", "WatchCharges", "PauseJobs")  # of the gateway itself, not for a tenant's call
 
 log = logging.getLogger(__name__)
 
@@ -176,13 +184,17 @@ async def finetune(
         datasets = DatasetServicer(
             desk, objects, settings.datasets, dependants=(JobDependants(), ModelDependants()), changed=(validators.wake, eraser.wake)
         )
-        evaluators = Evaluators(store, settings.store_url, bases, signer)
+        price = settings.quotas
+        evaluators = Evaluators(
+            store, settings.store_url, bases, signer, nanos_per_second=price.training_nanos_per_second, currency=price.cost_currency
+        )
         models = ModelServicer(desk, objects, bases, signer, JobDependants(), eraser.wake, evaluators.wake)
         feed = await stack.enter_async_context(following(store))
         job_feed = await stack.enter_async_context(following(store, CHANNEL))
         tuning = FineTuneServicer(desk, objects, job_feed, settings.quotas, bases, changed, eraser.wake, device)
         attempts = TrainingServicer(store, objects, settings.jobs, mint, signer, bases, changed, device)
-        registered = RegistryServicer(store, feed, on_servable)
+        owed = await stack.enter_async_context(following(store, sql_charges.CHANNEL))
+        registered = RegistryServicer(store, feed, on_servable, owed, pause)
         services: list[tuple[str, Callable[[Any], object]]] = [  # full name, and how it is added to the server
             (dataset.SERVICE, _adding(dataset_pb2_grpc.add_DatasetServiceServicer_to_server, datasets)),
             (model.SERVICE, _adding(model_pb2_grpc.add_ModelServiceServicer_to_server, models)),

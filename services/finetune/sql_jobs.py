@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from argosy.v1.finetune_pb2 import JobEvent
 from services.chassis.lists import Condition
-from services.finetune import events
+from services.finetune import events, sql_charges
 from services.finetune.jobs import LIVE, TERMINAL, State, allowed
 from services.finetune.queries import Record, one, page, where
 from services.finetune.schema.jobs import checkpoints, job_events, jobs, training_rates
@@ -77,7 +77,21 @@ async def change(connection: AsyncConnection, row: Record, *said: JobEvent, **va
             raise Moved
         values["due_time"] = values.get("due_time", NOW)
     statement = update(jobs).where(_j.uid == row["uid"]).values(revision=_j.revision + 1, update_time=NOW, **values).returning(jobs)
-    return await say(connection, (await connection.execute(statement)).mappings().one(), *said)
+    changed = await say(connection, await _row(connection, statement), *said)
+    owed = sql_charges.due(row, changed)
+    return changed if owed is None else await _charged(connection, changed, owed)
+
+
+async def _charged(connection: AsyncConnection, row: Record, owed: sql_charges.Charge) -> Record:
+    """Tell the books what a locked job owes."""
+    values = {
+        "charges": owed.number,
+        "charged_seconds": _j.charged_seconds + owed.device_seconds,
+        "charged_nanos": _j.charged_nanos + owed.nanos,
+    }
+    row = await _row(connection, update(jobs).where(_j.uid == row["uid"]).values(**values).returning(jobs))
+    await sql_charges.add(connection, owed)
+    return row
 
 
 async def move(
@@ -215,6 +229,13 @@ async def counts(connection: AsyncConnection, project_uid: str) -> tuple[int, in
         _j.project_uid == project_uid, _j.create_time > NOW - timedelta(days=1)
     )
     return (await connection.execute(alive)).scalar_one(), int((await connection.execute(recent)).scalar_one())
+
+
+async def spending(connection: AsyncConnection, project_uid: str, key_id: str = "") -> list[Record]:
+    """Jobs of a project, or of one key of it, that run or would start, locked."""
+    mine = [_j.project_uid == project_uid, _j.delete_time.is_(None), _j.state.in_(["QUEUED", "PREPARING", "RUNNING"])]
+    statement = select(jobs).where(*mine, *([_j.key_id == key_id] if key_id else []))
+    return list((await connection.execute(statement.order_by(_j.uid).with_for_update())).mappings())
 
 
 async def rate(connection: AsyncConnection, base_model: str, method: str) -> Record | None:

@@ -15,7 +15,7 @@ class Cost(enum.Enum):
     TOKENS = "T"
     PASSES = "P"
     BYTES = "B"  # as a request; finetune counts the bytes against the quota
-    JOB = "J"  # as a request; finetune quotes the job, reserves its price and settles once
+    JOB = "J"  # finetune is told what the books have left; what the work owes comes back as charges, while it runs and at its end
 
 
 class Idempotency(enum.Enum):
@@ -148,7 +148,7 @@ ACCESS: Final[dict[str, Access]] = {
         ListFineTuneJobs=_jobs,
         CancelFineTuneJob=_changes_jobs,
         PauseFineTuneJob=_changes_jobs,
-        ResumeFineTuneJob=_changes_jobs,
+        ResumeFineTuneJob=Access("finetune.write", Cost.JOB, Idempotency.REPLAY),
         DeleteFineTuneJob=_changes_jobs,
         ListCheckpoints=_jobs,
         ListFineTuneJobEvents=_jobs,

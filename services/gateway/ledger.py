@@ -6,7 +6,10 @@ The books are append-only; quotas are charged at the reservation with the most i
 
 import enum
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
+
+from services.chassis.identity import Caller
 
 
 class Outcome(enum.Enum):
@@ -100,6 +103,55 @@ class Ledger(Protocol):
 
         Settling again is a no-op, as is settling what was never reserved. Never raises for a store that is down: it spools.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What a job or an evaluation owes since its last charge. `work_uid` and `number` name it for good."""
+
+    sequence: int  # cursor of the feed
+    project_uid: str
+    project: str  # projects/{project}
+    key_uid: str
+    work_uid: str  # stands where a call has its request id
+    number: int
+    method: str  # exact RPC path that asked for the work
+    model: str
+    version: str
+    currency: str
+    nanos: int
+    device_seconds: float
+    outcome: Outcome | None  # None: the work goes on
+    time: datetime  # says which day pays
+
+
+class JobBooks(Protocol):
+    """The books, as jobs use them. Every method may raise StoreUnavailable."""
+
+    @property
+    def currency(self) -> str:
+        """ISO 4217: what all of it is counted in."""
+        ...
+
+    async def cursor(self) -> int:
+        """Sequence of the last charge in the books; 0: none. Waits for the schema."""
+        ...
+
+    async def settle(self, charge: Charge) -> tuple[str, ...]:
+        """Write a charge and the cursor, once however often it is told.
+
+        Returns:
+            Who has used up the day, of those it concerns: the key's uid, and "" for the whole project.
+        """
+        ...
+
+    async def reset(self) -> None:
+        """Read the feed from its start again: charges that are known change nothing."""
+        ...
+
+    async def allowed(self, who: Caller) -> Caller:
+        """The caller, with what jobs of its project and key may still take today."""
         ...
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.chassis.lists import Condition
 from services.gateway.keys import Grant
-from services.gateway.schema import api_keys, audit_events, ledger, projects, quota_counters, quota_policies, request_replays
+from services.gateway.schema import api_keys, audit_events, job_counters, ledger, projects, quota_counters, quota_policies, request_replays
 
 Row = Mapping[Any, Any]  # column → value
 
@@ -201,7 +201,7 @@ async def change_quota_policy(connection: AsyncConnection, project_uid: str, **v
 
 async def quota_usage(connection: AsyncConnection, project_uid: str) -> Row:
     """What the project has used in the windows that run now, by the database's clock, and when they end."""
-    c = quota_counters.c
+    c, j = quota_counters.c, job_counters.c
     minute, day = func.date_trunc("minute", _now, "UTC"), func.date_trunc("day", _now, "UTC")
     in_minute, in_day = c.minute == minute, c.day == day
     found = await _one(
@@ -215,8 +215,10 @@ async def quota_usage(connection: AsyncConnection, project_uid: str) -> Row:
             func.coalesce(case((in_day, c.day_tokens)), 0).label("day_tokens"),
             func.coalesce(case((in_day, c.day_nanos)), 0).label("day_nanos"),
             func.coalesce(c.running, 0).label("running"),
+            func.coalesce(case((j.day == day, j.device_millis // 1000)), 0).label("day_device_seconds"),
         ).select_from(
             projects.outerjoin(quota_counters, and_(c.project_uid == projects.c.uid, c.key_uid == NOBODY))
+            .outerjoin(job_counters, j.project_uid == projects.c.uid)
         ).where(projects.c.uid == project_uid),
     )  # fmt: skip
     assert found is not None  # the project was just looked up
@@ -225,6 +227,7 @@ async def quota_usage(connection: AsyncConnection, project_uid: str) -> Row:
 
 # --- the books ----------------------------------------------------------------------------------------------------------------------
 
+SUMMED = ("input_tokens", "cached_input_tokens", "output_tokens", "passes", "nanos", "device_millis")
 _SETTLED = ledger.c.kind.in_(("SETTLE", "AMEND"))
 
 
@@ -244,15 +247,15 @@ async def usage_sums(
             group("model", ledger.c.model),
             group("key_uid", cast(ledger.c.key_uid, Text)),
             group("method", ledger.c.method),
-            func.count().filter(ledger.c.kind == "SETTLE").label("requests"),
-            *(func.sum(ledger.c[name]).label(name) for name in ("input_tokens", "cached_input_tokens", "output_tokens", "passes", "nanos")),
+            func.count().filter(ledger.c.kind == "SETTLE", ledger.c.outcome != "PART").label("requests"),
+            *(func.sum(ledger.c[name]).label(name) for name in SUMMED),
         )
         .where(ledger.c.project_uid == project_uid, _SETTLED, ledger.c.create_time >= start, ledger.c.create_time < end)
         .group_by(*(text(str(position)) for position in range(1, 5)))
         .subquery()
     )
     keys = (sums.c.bucket, sums.c.model, sums.c.key_uid, sums.c.method)
-    statement = select(sums).where(sums.c.requests > 0)
+    statement = select(sums).where(or_(sums.c.requests > 0, *(sums.c[name] > 0 for name in SUMMED)))
     if after is not None:
         last = tuple_(literal(datetime.fromisoformat(after[0])), *(literal(value) for value in after[1:]))
         statement = statement.where(tuple_(*keys) > last)

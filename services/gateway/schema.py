@@ -1,7 +1,7 @@
 """The tables as SQLAlchemy sees them; `migrations/` makes them, and a test holds the two together.
 
-Hot-path tables (`quota_counters`, `reservations`, and writes to `ledger`) are touched by the database's own functions `reserve` and
-`settle` alone.
+Hot-path tables (`quota_counters`, `reservations`, `job_counters`, and writes to `ledger`) are touched by the database's own functions
+`reserve`, `settle` and `charge` alone.
 """
 
 from sqlalchemy import (
@@ -138,6 +138,22 @@ ledger = Table(
     Column("nanos", BigInteger, nullable=False),
     Column("served_by", Text, nullable=False),
     Column("create_time", _time, nullable=False),
+    Column("device_millis", BigInteger, nullable=False),  # of jobs and evaluations
+)
+
+feed_cursors = Table(
+    "feed_cursors",
+    METADATA,
+    Column("feed", Text, primary_key=True),
+    Column("sequence", BigInteger, nullable=False),
+)
+
+job_counters = Table(
+    "job_counters",
+    METADATA,
+    Column("project_uid", _uuid, ForeignKey("projects.uid"), primary_key=True),
+    Column("day", _time, nullable=False),
+    Column("device_millis", BigInteger, nullable=False),
 )
 
 gateways = Table(

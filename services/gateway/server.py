@@ -24,11 +24,12 @@ from services.chassis.lists import PageTokens
 from services.chassis.server import Serving, public, serve
 from services.chassis.telemetry import Telemetry
 from services.gateway.authentication import authenticating, deadline_cap_s, permit
+from services.gateway.charges import Billing
 from services.gateway.finetune import FineTune
 from services.gateway.finetune import credentials as finetune_credentials
 from services.gateway.gauges import Spooling, measure
 from services.gateway.keys import PEPPER_BYTES
-from services.gateway.ledger import Ledger, Tariff
+from services.gateway.ledger import JobBooks, Ledger, Tariff
 from services.gateway.meanings import Meanings
 from services.gateway.registry import OwnModels, Pusher
 from services.gateway.replicas import Replicas
@@ -46,6 +47,7 @@ from services.gateway.servicers.relay import Relay, Revocations
 from services.gateway.servicers.resources import Desk
 from services.gateway.servicers.usage import UsageServicer
 from services.gateway.settings import GatewaySettings
+from services.gateway.sql_charges import SqlCharges
 from services.gateway.sql_ledger import LedgerSettings, open_ledger
 from services.gateway.store import Store, StoreSettings, open_store
 
@@ -97,6 +99,7 @@ async def running(
     signer: CallerSigner,
     spooling: Spooling | None = None,
     revocations: Revocations | None = None,
+    jobs: JobBooks | None = None,
     administration: Sequence[Service] = (),
     pages: PageTokens | None = None,
     telemetry: Telemetry | None = None,
@@ -104,7 +107,8 @@ async def running(
 ) -> AsyncIterator[Running]:
     """Serve until left; leaving drains, settles every call and closes the replicas' channels.
 
-    `administration` are argosy.admin.v1's services; health says SERVING while a replica can be reached, and no earlier.
+    `administration` are argosy.admin.v1's services; without `jobs` nothing that finetune runs is settled or bounded. Health says SERVING
+    while a replica can be reached, and no earlier.
     """
     telemetry = telemetry or Telemetry.off()
     serving: Serving | None = None
@@ -122,7 +126,7 @@ async def running(
         changed=changed,
     )
     finetune = FineTune(settings.finetune_address, signer=signer, credentials=finetune_credentials(settings), telemetry=telemetry)
-    forwarding = Forwarding(finetune, revocations)
+    forwarding = Forwarding(finetune, revocations, jobs.allowed if jobs is not None else None)
     own: dict[str, object] = {"ModelService": ModelServicer(replicas, pages or page_tokens(settings), forwarding)}
     meanings = Meanings()
     names = OwnModels(finetune, replicas.catalog, meanings)
@@ -148,7 +152,8 @@ async def running(
 
     cap_s = partial(deadline_cap_s, max_stream_s=settings.max_stream_seconds)
     policy = Policy(authenticate=known, permit=permit, deadline_cap_s=cap_s, strip="x-")
-    async with replicas.watching(), Pusher(finetune, replicas, meanings, telemetry).following():
+    pusher, billing = Pusher(finetune, replicas, meanings, telemetry), Billing(finetune, jobs)
+    async with replicas.watching(), pusher.following(), billing.following():
         async with serve(
             settings.listener,
             register,
@@ -198,6 +203,7 @@ async def gateway(
             signer=signer,
             spooling=ledger,
             revocations=authentication,
+            jobs=SqlCharges(state, books.price_currency),
             administration=administration(settings, state, pages, books.tariff()),
             pages=pages,
             telemetry=telemetry,

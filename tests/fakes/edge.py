@@ -79,6 +79,7 @@ async def edge(
     signals: bool = False,
     telemetry: Any = None,
     finetune: str = "",
+    jobs: Any = None,
     **placing: Any,
 ) -> AsyncIterator[Edge]:
     """A running gateway; entered once `reachable` replicas (default: one for each engine) have reported."""
@@ -103,6 +104,7 @@ async def edge(
         authenticate=authenticate,
         signer=CallerSigner(KEY, "k"),
         revocations=revocations,
+        jobs=jobs,
         signals=signals,
         telemetry=telemetry,
     ) as gate:

@@ -44,9 +44,10 @@ class Tenant:
     project: str
     uid: str = field(default_factory=lambda: str(uuid4()))
     scopes: frozenset[str] = SCOPES
+    limits: dict[str, int] = field(default_factory=dict)  # what the gateway says is left to the project
 
     def metadata(self) -> tuple[tuple[str, bytes], ...]:
-        caller = Caller(self.uid, self.project, str(uuid4()), self.scopes, str(uuid4()), "")
+        caller = Caller(self.uid, self.project, str(uuid4()), self.scopes, str(uuid4()), "", **self.limits)
         return ((CALLER_KEY, CallerSigner(KEY, "test").sign(caller, AUDIENCE, time.time())),)
 
     async def __call__(self, method: str, request: Any) -> Any:

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,9 +16,12 @@ from google.protobuf import json_format
 from google.rpc import error_details_pb2, status_pb2
 
 from argosy.v1 import dataset_pb2_grpc, finetune_pb2, finetune_pb2_grpc, usage_pb2
+from argosy_internal.registry.v1 import registry_pb2, registry_pb2_grpc
 from argosy_internal.training.v1 import training_pb2 as tp
 from argosy_internal.training.v1 import training_pb2_grpc
 from services.chassis.identity import CallerVerifier
+from services.chassis.status import error_info
+from services.finetune import sql_charges
 from services.finetune.bases import Bases
 from services.finetune.jobs import Attempt, Seen, Where
 from services.finetune.server import AUDIENCE, Running, finetune
@@ -138,6 +141,7 @@ class House:
     version: str
     modules: dict[str, tuple[int, int]]
     width: int
+    channel: Any
 
     async def __call__(self, method: str, request: Any, tenant: Tenant | None = None) -> Any:
         return await getattr(self.jobs, method)(request, metadata=(tenant or self.tenant).metadata(), timeout=20)
@@ -186,7 +190,15 @@ async def house(url: str, base: Path, folder: Path, **quotas: Any) -> AsyncItera
         yield House(
             running, launcher, tenant, finetune_pb2_grpc.FineTuneServiceStub(channel),
             training_pb2_grpc.TrainingServiceStub(channel), version.name, dict(found.modules), found.width,
+            channel,
         )  # fmt: skip
+
+
+def info_of(error: grpc.aio.AioRpcError) -> dict[str, str]:
+    """The ErrorInfo's metadata."""
+    found = error_info(error)
+    assert found is not None
+    return dict(found.metadata)
 
 
 def reason(error: grpc.aio.AioRpcError) -> str:
@@ -437,3 +449,119 @@ async def test_A14_a_project_has_so_many_jobs_at_once(finetune_url: str, base: P
                         assert reason(error) == "WRONG_STATE"  # its attempt is still to clear away
                         await asyncio.sleep(0.05)
         assert await refused(there.get(job)) == "RESOURCE_NOT_FOUND"
+
+
+async def charged(there: House, work: str) -> list[tuple[int, str, int, float]]:
+    """(number, outcome, nanos, seconds) of what a job has told the books."""
+    async with there.running.store.transaction() as connection:
+        rows = [row for row in await sql_charges.after(connection, 0, 1_000) if row["work_uid"] == work]
+    assert all(row["key_id"] and row["project_uid"] == there.tenant.uid and row["kind"] == "TRAINING" for row in rows)
+    return [(row["number"], row["outcome"], row["nanos"], row["device_seconds"]) for row in rows]
+
+
+async def test_I4_a_job_owes_in_steps_and_once_at_its_end(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        job = await there.create()
+        trainer = await there.trainer(job)
+        await trainer.claims()
+        await trainer.says(step=1, target_step=4, device_seconds=10.0)
+        assert await charged(there, job.uid) == []
+        await trainer.says(step=2, device_seconds=61.5)
+        await trainer.says(step=3, device_seconds=62.0)
+        there.launcher.seen[trainer.attempt.name] = Seen(Where.EXITED, 143)  # taken away
+        trainer = await there.trainer(job, 2)
+        assert await charged(there, job.uid) == [(1, "", 61_500_000, 61.5), (2, "", 500_000, 0.5)]
+        await trainer.claims()
+        await trainer.says(step=4, device_seconds=0.25)
+        await trainer.succeeds(4)
+        found = await there.until(job, lambda found: found.state == Job.STATE_SUCCEEDED)
+        owed = await charged(there, job.uid)
+        assert owed[2:] == [(3, "DONE", 250_000, 0.25)]
+        assert sum(nanos for _, _, nanos, _ in owed) == found.spent.nanos
+
+
+async def test_every_end_of_a_job_is_told_to_the_books_once(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        waiting = await there.create()
+        await there("CancelFineTuneJob", pb.CancelFineTuneJobRequest(name=waiting.name))
+        await there.until(waiting, lambda found: found.state == Job.STATE_CANCELLED)
+        failing = await there.create()
+        trainer = await there.trainer(failing)
+        await trainer.claims()
+        await trainer.says(step=1, target_step=4, device_seconds=3.0)
+        failure = tp.RunFailure(reason=pb.JOB_REASON_DIVERGED)
+        await trainer("CompleteRun", tp.CompleteRunRequest(job=failing.uid, fence=trainer.claim.fence, failure=failure))  # type: ignore[union-attr]
+        (cancelled,), (failed,) = await charged(there, waiting.uid), await charged(there, failing.uid)
+        assert cancelled[1:3] in {("CANCELLED", 0)}
+        assert failed == (1, "FAILED", 3_000_000, 3.0)
+
+
+async def test_A28_a_job_over_what_is_left_is_refused_with_the_limit(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        low = (await there("CreateFineTuneJob", pb.CreateFineTuneJobRequest.FromString(_quoted(there.asked())))).quote
+        for subject, limits in (
+            ("cost_per_day", {"job_nanos_left": low.low_cost.nanos - 1}),
+            ("cost_per_day", {"job_nanos_left": 0}),
+            ("gpu_seconds_per_day", {"job_seconds_left": 0}),
+            ("concurrent_jobs", {"concurrent_jobs": 0}),
+        ):
+            there.tenant.limits = limits
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await there.create()
+            assert (error.value.code(), info_of(error.value)["subject"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, subject)
+            assert info_of(error.value)["limit"] == str(next(iter(limits.values())))
+        there.tenant.limits = {"job_nanos_left": 10 * low.low_cost.nanos, "job_seconds_left": 1_000, "concurrent_jobs": 1}
+        job = await there.create()
+        assert await refused(there.create()) == "QUOTA_EXCEEDED"
+        await there("PauseFineTuneJob", pb.PauseFineTuneJobRequest(name=job.name))
+        there.launcher.seen.clear()
+        await there.until(job, lambda found: found.state == Job.STATE_PAUSED)
+        there.tenant.limits = {"job_nanos_left": 0}
+        assert await refused(there("ResumeFineTuneJob", pb.ResumeFineTuneJobRequest(name=job.name))) == "QUOTA_EXCEEDED"
+
+
+async def test_A29_a_project_over_its_day_has_its_jobs_paused(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path, running_jobs_per_project=1) as there:
+        job = await there.create()
+        trainer = await there.trainer(job)
+        await trainer.claims()
+        waiting = await there.create()
+        stub = registry_pb2_grpc.RegistryServiceStub(there.channel)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.PauseJobs(registry_pb2.PauseJobsRequest(), metadata=there.tenant.metadata(), timeout=20)
+        assert reason(error.value) == "SCOPE_MISSING"  # no tenant's call
+        gateway = replace(there.tenant, scopes=frozenset({"fleet"}), limits={})
+        other = replace(gateway, uid=str(uuid4()))
+        for whose, asked, paused in ((other, "", 0), (gateway, str(uuid4()), 0), (gateway, "", 2), (gateway, "", 0)):
+            said = await stub.PauseJobs(registry_pb2.PauseJobsRequest(key_uid=asked), metadata=whose.metadata(), timeout=20)
+            assert said.jobs == paused
+        assert (await trainer.says(step=1, target_step=4)).action == tp.RUN_ACTION_PAUSE
+        found = await there.get(waiting)
+        assert (found.state, found.state_reason) == (Job.STATE_PAUSED, pb.JOB_REASON_COST_LIMIT)
+
+
+async def test_charges_are_read_behind_a_cursor_and_only_by_gateways(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        stub = registry_pb2_grpc.RegistryServiceStub(there.channel)
+        gateway = replace(there.tenant, scopes=frozenset({"fleet"}))
+        async with there.running.store.transaction() as connection:
+            before = await sql_charges.last(connection)
+        watch = stub.WatchCharges(registry_pb2.WatchChargesRequest(after_sequence=before), metadata=gateway.metadata(), timeout=20)
+        assert (await watch.read()).WhichOneof("event") == "bookmark"
+        job = await there.create()
+        await there("CancelFineTuneJob", pb.CancelFineTuneJobRequest(name=job.name))
+        while (said := await watch.read()).WhichOneof("event") == "bookmark" or said.charge.work_uid != job.uid:
+            continue
+        charge = said.charge
+        assert (charge.project, charge.method, charge.model) == (
+            f"projects/{there.tenant.project}", "/argosy.v1.FineTuneService/CreateFineTuneJob", job.model,
+        )  # fmt: skip
+        assert (charge.outcome, charge.cost.currency_code) == (registry_pb2.CHARGE_OUTCOME_CANCELLED, "USD")
+        watch.cancel()
+        ahead = stub.WatchCharges(registry_pb2.WatchChargesRequest(after_sequence=1 << 40), metadata=gateway.metadata(), timeout=20)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await ahead.read()
+        assert reason(error.value) == "EVENT_SEQUENCE_AHEAD"
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.WatchCharges(registry_pb2.WatchChargesRequest(), metadata=there.tenant.metadata(), timeout=20).read()
+        assert reason(error.value) == "SCOPE_MISSING"

@@ -47,6 +47,9 @@ class ArgosyError(Exception):
             parts.append(f"field {self.field}" + (f" ({bounds})" if bounds else ""))
         elif "rule" in self.metadata:
             parts.append(", ".join(f"{key} {self.metadata[key]}" for key in ("rule", "line", "byte_offset") if self.metadata.get(key)))
+        elif "subject" in self.metadata:
+            left = ", ".join(f"{key} {self.metadata[key]}" for key in ("asked", "limit") if self.metadata.get(key))
+            parts.append(self.metadata["subject"] + (f" ({left})" if left else ""))
         elif "scope" in self.metadata:
             parts.append(f"scope {self.metadata['scope']}")
         if self.retry_after_s:

@@ -68,6 +68,10 @@ jobs = Table(
     Column("start_time", TIME),
     Column("end_time", TIME),
     Column("delete_time", TIME),
+    Column("charges", Integer, nullable=False),
+    Column("charged_seconds", Float, nullable=False),
+    Column("charged_nanos", BigInteger, nullable=False),
+    Column("ending_time", TIME),
 )
 
 job_events = Table(

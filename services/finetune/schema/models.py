@@ -120,6 +120,7 @@ model_evaluations = Table(
     Column("update_time", TIME, nullable=False),
     Column("start_time", TIME),
     Column("end_time", TIME),
+    Column("key_id", Text, nullable=False),
     _version("candidate"),
     _version("current"),
 )

@@ -25,7 +25,7 @@ from services.chassis.errors import (
     WrongState,
 )
 from services.chassis.objects import Objects
-from services.finetune import dataset_store, events, quotes, sql_jobs
+from services.finetune import dataset_store, events, planning, quotes, sql_jobs
 from services.finetune.bases import Base, Bases
 from services.finetune.datasets import TrainingVersion
 from services.finetune.feed import Feed
@@ -135,6 +135,7 @@ class FineTuneServicer:
         resolved, size = self._resolved(spec, base, train, held)
         measured = await sql_jobs.rate(connection, spec.base_model, METHODS[spec.method])
         quote = self._quote(resolved, base, size, measured["tokens_per_second"] if measured is not None else None)
+        planning.affordable(who, quote.low_cost.nanos, quote.device_seconds.low)
         limit = self._quotas.training_tokens_per_job
         if limit and size.tokens > limit:
             raise FieldOutOfRange(f"{path}.train_version", size.tokens, limit, "tokens")
@@ -247,6 +248,9 @@ class FineTuneServicer:
     async def _within_quota(self, connection: AsyncConnection, tokens: int) -> None:
         alive, recent = await sql_jobs.counts(connection, caller().project_uid)
         quotas = self._quotas
+        most = caller().concurrent_jobs
+        if most is not None and alive >= most:
+            raise QuotaExceeded("concurrent_jobs", alive + 1, most)
         if quotas.jobs_per_project and alive >= quotas.jobs_per_project:
             raise QuotaExceeded("jobs")
         if quotas.training_tokens_per_day and recent + tokens > quotas.training_tokens_per_day:
@@ -372,6 +376,7 @@ class FineTuneServicer:
                 if State(row["state"]) in LIVE and not request.HasField("max_cost"):
                     return shown(row)  # it was resumed
                 raise WrongState("name", row["state"])
+            planning.affordable(caller())
             limit = row["max_nanos"]
             if request.HasField("max_cost"):
                 if request.max_cost.currency_code not in ("", row["currency"]):
@@ -483,3 +488,11 @@ async def servable(connection: AsyncConnection, project_uid: str, job_uid: str, 
     now = await sql_jobs.now(connection)
     elapsed = (now - row["end_time"]).total_seconds() if row["end_time"] is not None else seconds
     await sql_jobs.change(connection, row, events.servable(version, replicas, elapsed, seconds), servable_time=now)
+
+
+async def pause(connection: AsyncConnection, project_uid: str, key_uid: str) -> int:
+    """Pause every job of a project, or of one key of it, that could spend more; how many."""
+    rows = await sql_jobs.spending(connection, project_uid, key_uid)
+    for row in rows:
+        await wanted(connection, row, State.PAUSING, "COST_LIMIT")
+    return len(rows)

@@ -12,14 +12,14 @@ from argosy_internal.training.v1.training_pb2 import AdapterManifest
 from services.chassis import bounds, lists
 from services.chassis.errors import FieldInvalid, QuotaExceeded, ResourceNotFound, WrongState
 from services.chassis.objects import ObjectMissing, Objects
-from services.finetune import dataset_store, lineage, sql_evaluations, sql_models
+from services.finetune import dataset_store, lineage, planning, sql_evaluations, sql_models
 from services.finetune.datasets import TrainingVersion
 from services.finetune.overlap import shared_rows
 from services.finetune.queries import after_of
 from services.finetune.servicers import model_shown as shown
 from services.finetune.servicers.dataset import VERSION_NAME as DATASET_VERSION_NAME
 from services.finetune.servicers.model_aliases import EVALUATION_NAME, MODEL_NAME, VERSION_NAME, found_model
-from services.finetune.servicers.resources import Desk, own
+from services.finetune.servicers.resources import Desk, caller, own
 
 ORDERS = frozenset({"create_time", "update_time"})
 STATES = frozenset({"QUEUED", "RUNNING", "PASSED", "NOT_PASSED", "FAILED"})
@@ -49,6 +49,7 @@ class EvaluationMethods:
         own(asked.dataset_version, DATASET_VERSION_NAME, AT + "dataset_version")
         if of != segment:
             raise FieldInvalid(AT + "candidate", "other_model")
+        planning.affordable(caller())
 
         async def work(connection: AsyncConnection) -> pb.Evaluation:
             model = await found_model(connection, segment, "parent")
@@ -80,6 +81,7 @@ class EvaluationMethods:
                 connection, *key, candidate=candidate["number"], current=current, alias=name, dataset_version=held_out.name,
                 dataset_version_uid=held_out.uid, dataset_digest=held_out.sha256, metric=metric, margin=asked.margin,
                 max_rows=asked.max_rows if asked.HasField("max_rows") else None, seed=secrets.randbits(SEED_BITS),
+                key_id=caller().key_id,
             )  # fmt: skip
             return shown.evaluation(row, model)
 

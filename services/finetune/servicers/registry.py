@@ -7,11 +7,11 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from argosy.v1 import content_pb2
+from argosy.v1 import content_pb2, usage_pb2
 from argosy_internal.registry.v1 import registry_pb2 as pb
 from services.chassis import bounds
 from services.chassis.errors import EventSequenceAhead, ResourceNotFound, WrongState
-from services.finetune import lineage, sql_models
+from services.finetune import lineage, sql_charges, sql_models
 from services.finetune.feed import Feed
 from services.finetune.queries import Record
 from services.finetune.servicers.model_shown import capabilities
@@ -21,8 +21,12 @@ from services.finetune.store import FineTuneStore
 SERVICE = "argosy.internal.registry.v1.RegistryService"
 PAGE = 200  # events of one look
 NAME = re.compile(rf"projects/({SEGMENT})/models/({SEGMENT})(?:/versions/({NUMBER})|/aliases/({SEGMENT}))?")
+METHODS = {"TRAINING": "/argosy.v1.FineTuneService/CreateFineTuneJob", "EVALUATION": "/argosy.v1.ModelService/CreateEvaluation"}
 VERSION = re.compile(rf"projects/({SEGMENT})/models/({SEGMENT})/versions/({NUMBER})")
 
+Pause = Callable[[AsyncConnection, str, str], Awaitable[int]]  # a project's jobs, or those of one key of it; returns how many
+Last = Callable[[AsyncConnection], Awaitable[int]]
+After = Callable[[AsyncConnection, int, int], Awaitable[list[Record]]]
 # A job's event `servable`, in the transaction of the first report: (connection, project uid, job uid, version, replicas, seconds of
 # loading; from READY to the report where nobody measured).
 OnServable = Callable[[AsyncConnection, str, str, str, int, float], Awaitable[None]]
@@ -32,13 +36,23 @@ async def no_job_event(connection: AsyncConnection, project_uid: str, job_uid: s
     """Where no jobs are run: an imported version has none."""
 
 
+async def no_jobs(connection: AsyncConnection, project_uid: str, key_uid: str) -> int:
+    """Where no jobs are run, none pauses."""
+    return 0
+
+
 class RegistryServicer:
     """argosy.internal.registry.v1.RegistryService."""
 
-    def __init__(self, store: FineTuneStore, feed: Feed, on_servable: OnServable = no_job_event) -> None:
+    def __init__(
+        self, store: FineTuneStore, feed: Feed, on_servable: OnServable = no_job_event, owed: Feed | None = None, pause: Pause = no_jobs
+    ) -> None:
+        """`owed` wakes who follows charges; None: only a slow look does."""
         self._store = store
         self._feed = feed
         self._on_servable = on_servable
+        self._owed = owed or Feed(sql_charges.CHANNEL)
+        self._pause = pause
 
     async def ResolveModel(self, request: pb.ResolveModelRequest, context: Any) -> pb.ResolveModelResponse:
         """The versions that a name means, with their shares."""
@@ -73,25 +87,44 @@ class RegistryServicer:
     async def WatchVersions(self, request: pb.WatchVersionsRequest, context: Any) -> AsyncIterator[pb.VersionEvent]:
         """Stored changes after the cursor, then live; a bookmark when all is sent and whenever it is quiet."""
         bounds.check(request)
-        at = request.after_sequence
+        async for at, row in self._followed(self._feed, request.after_sequence, sql_models.last_sequence, sql_models.events):
+            yield pb.VersionEvent(sequence=at, bookmark=pb.VersionBookmark()) if row is None else _event(row)
+
+    async def WatchCharges(self, request: pb.WatchChargesRequest, context: Any) -> AsyncIterator[pb.ChargeEvent]:
+        """Stored charges after the cursor, then live; what is up to the cursor is in the books, since they keep it."""
+        bounds.check(request)
         async with self._store.transaction() as connection:
-            last = await sql_models.last_sequence(connection)
-        if at > last:
-            raise EventSequenceAhead(last)
+            await sql_charges.settled(connection, request.after_sequence)
+        async for at, row in self._followed(self._owed, request.after_sequence, sql_charges.last, sql_charges.after):
+            yield pb.ChargeEvent(sequence=at, bookmark=pb.ChargeBookmark()) if row is None else _charge(row)
+
+    async def PauseJobs(self, request: pb.PauseJobsRequest, context: Any) -> pb.PauseJobsResponse:
+        """What has no money left today pauses behind a checkpoint, and what waits does not start."""
+        bounds.check(request)
+        async with self._store.transaction() as connection:
+            paused = await self._pause(connection, caller().project_uid, request.key_uid)
+        return pb.PauseJobsResponse(jobs=paused)
+
+    async def _followed(self, feed: Feed, at: int, last: Last, after: After) -> AsyncIterator[tuple[int, Record | None]]:
+        """Rows behind a cursor, stored and then live, each with its sequence; None where all is sent, and whenever it is quiet."""
+        async with self._store.transaction() as connection:
+            newest = await last(connection)
+        if at > newest:
+            raise EventSequenceAhead(newest)
         marked = False
         while True:
-            pulse = self._feed.pulse()
+            pulse = feed.pulse()
             async with self._store.transaction() as connection:
-                rows = await sql_models.events(connection, at, PAGE)
+                rows = await after(connection, at, PAGE)
             for row in rows:
                 at = row["sequence"]
-                yield _event(row)
+                yield at, row
             if len(rows) == PAGE:
                 continue
             if not marked or rows:
                 marked = True
-                yield pb.VersionEvent(sequence=at, bookmark=pb.VersionBookmark())
-            if not await self._feed.wait(pulse):
+                yield at, None
+            if not await feed.wait(pulse):
                 marked = False
 
     async def ReportServable(self, request: pb.ReportServableRequest, context: Any) -> pb.ReportServableResponse:
@@ -150,3 +183,22 @@ def _event(row: Record) -> pb.VersionEvent:
     else:
         event.erased.CopyFrom(pb.VersionErased(project_uid=row["project_uid"], **body))
     return event
+
+
+def _charge(row: Record) -> pb.ChargeEvent:
+    """A stored charge as its message."""
+    said = pb.Charge(
+        project_uid=row["project_uid"],
+        project=f"projects/{row['project']}",
+        key_uid=row["key_id"],
+        work_uid=row["work_uid"],
+        number=row["number"],
+        method=METHODS[row["kind"]],
+        model=row["model"],
+        version=row["version"],
+        cost=usage_pb2.Cost(currency_code=row["currency"], nanos=row["nanos"]),
+        device_seconds=row["device_seconds"],
+        outcome=pb.ChargeOutcome.Value(f"CHARGE_OUTCOME_{row['outcome'] or 'UNSPECIFIED'}"),
+    )
+    said.time.FromDatetime(row["create_time"])
+    return pb.ChargeEvent(sequence=row["sequence"], charge=said)

@@ -22,7 +22,7 @@ from services.chassis.errors import ApiKeyInvalid, ArtifactRejected, PrivacyBudg
 from services.chassis.identity import Caller
 from services.chassis.interceptors import Incoming
 from services.chassis.objects import ObjectMissing, Objects
-from services.finetune import crash, dataset_store, events, publishing, sql_jobs
+from services.finetune import crash, dataset_store, events, publishing, sql_charges, sql_jobs
 from services.finetune.bases import Bases
 from services.finetune.jobs import State
 from services.finetune.lineage import Signer
@@ -297,19 +297,20 @@ class TrainingServicer:
                 row = await self._fenced(connection, request.job, request.fence)
                 if State(row["state"]) is State.CANCELLING:
                     raise WorkerFenced  # the cancel was first (F28)
-                version = await publishing.publish(connection, prepared, row["key_id"])
                 speed = row["tokens_per_second"]
                 method = finetune_pb2.TuneMethod.Name(manifest.method).removeprefix("TUNE_METHOD_")
                 if speed > 0:
                     await sql_jobs.measured(connection, row["base_model"], method, self._device, speed, row["device_seconds"])
                 cost = events.cost(row["currency"], spent(row), row["device_seconds"])
-                await sql_jobs.move(connection, row, State.SUCCEEDED, cost, model_version=version, lease_time=None)
+                # The charge's counter before the registry's, as an erasure takes them.
+                await sql_jobs.move(connection, row, State.SUCCEEDED, cost, model_version=prepared.name, lease_time=None)
+                await publishing.publish(connection, prepared, row["key_id"])
         except (WorkerFenced, ResourceNotFound):  # the job is another's or cancelled, or its model was erased meanwhile
             await publishing.discard(self._store, self._objects, prepared)
             raise
         crash.point("result-published")
         self._changed()
-        return pb.CompleteRunResponse(model_version=version)
+        return pb.CompleteRunResponse(model_version=prepared.name)
 
     async def _job(self, connection: AsyncConnection, uid: str) -> Record:
         """The job that a token is of, locked.
@@ -351,7 +352,7 @@ def name_of(row: Record) -> str:
 
 def spent(row: Record) -> int:
     """What a job has cost so far, in 1e-9 of its currency's unit."""
-    return math.ceil(float(row["device_seconds"]) * int(row["nanos_per_second"]))
+    return sql_charges.nanos_of(row["device_seconds"], row["nanos_per_second"])
 
 
 def _duration(seconds: float) -> Duration:

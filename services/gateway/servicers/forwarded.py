@@ -9,7 +9,7 @@ from __future__ import annotations  # the generic handlers exist in grpc's stubs
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
@@ -32,6 +32,7 @@ from services.chassis.errors import (
 )
 from services.chassis.identity import Caller
 from services.chassis.interceptors import progress
+from services.gateway.access import ACCESS, Cost
 from services.gateway.servicers.register import handler_of
 from services.gateway.servicers.relay import Revocations, caller
 
@@ -46,6 +47,7 @@ SERVICES: tuple[ServiceDescriptor, ...] = (
 MARGIN_S = 0.2  # of the caller's deadline, kept to answer in
 CHUNK_BYTES = 1 << 20  # one message of a client's stream; finetune allows half of it for the data in it
 RESUMED = frozenset({"WatchFineTuneJob"})  # ends OK near our cap: its reader goes on at its cursor
+Allowed = Callable[[Caller], Awaitable[Caller]]  # see ledger.JobBooks.allowed
 _AWAY = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
 
 
@@ -89,9 +91,11 @@ def away(error: grpc.aio.AioRpcError) -> ServiceError | grpc.aio.AioRpcError:
 class Forwarding:
     """Makes the handlers of forwarded methods."""
 
-    def __init__(self, upstream: Upstream, revocations: Revocations | None = None) -> None:
+    def __init__(self, upstream: Upstream, revocations: Revocations | None = None, allowed: Allowed | None = None) -> None:
+        """`allowed`: what finetune is told that a call may take which starts a job; None: nothing bounds it."""
         self._upstream = upstream
         self._revocations = revocations
+        self._allowed = allowed
 
     def handlers(self, service: ServiceDescriptor, own: object | None = None) -> grpc.GenericRpcHandler[Any, Any]:
         """One handler a method: `own`'s where it has one, else forwarded."""
@@ -115,6 +119,8 @@ class Forwarding:
         upstream = self._upstream
         if upstream.off:
             refuse()
+        if self._allowed is not None and ACCESS[path].cost is Cost.JOB:
+            who = await self._allowed(who)
         call = upstream.channel.unary_unary(path)(request, timeout=_left(), metadata=upstream.metadata(who))
         upstream.watch_call(path, call)
         try:

@@ -27,6 +27,7 @@ GAUGES = {
     pb.QUOTA_KIND_TOKENS_PER_MINUTE: ("tokens_per_minute", "minute_tokens", "minute_end"),
     pb.QUOTA_KIND_TOKENS_PER_DAY: ("tokens_per_day", "day_tokens", "day_end"),
     pb.QUOTA_KIND_CONCURRENT_STREAMS: ("concurrent_streams", "running", None),
+    pb.QUOTA_KIND_GPU_SECONDS_PER_DAY: ("gpu_seconds_per_day", "day_device_seconds", "day_end"),
     pb.QUOTA_KIND_COST_PER_DAY: ("nanos_per_day", "day_nanos", "day_end"),
 }
 

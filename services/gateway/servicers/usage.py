@@ -29,6 +29,7 @@ OUTCOMES = {
     "LOST": pb.USAGE_OUTCOME_LOST,
     "SHED": pb.USAGE_OUTCOME_REFUSED,
     "FAILED": pb.USAGE_OUTCOME_FAILED,
+    "PART": pb.USAGE_OUTCOME_PART,
 }
 
 
@@ -128,6 +129,7 @@ class UsageServicer:
             cached_input_tokens=int(row["cached_input_tokens"]),
             output_tokens=int(row["output_tokens"]),
             passes=int(row["passes"]),
+            device_seconds=int(row["device_millis"]) / 1000,
             cost=usage_pb2.Cost(currency_code=self._currency, nanos=int(row["nanos"])),
         )
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61rgosy/v1/usage.proto\x12\targosy.v1\"\xb7\x01\n\x05Usage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\x03\x12 \n\x13\x63\x61\x63hed_input_tokens\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\routput_tokens\x18\x03 \x01(\x03\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\x03\x12\x0e\n\x06passes\x18\x05 \x01(\x03\x12\x1d\n\x04\x63ost\x18\x06 \x01(\x0b\x32\x0f.argosy.v1.CostB\x16\n\x14_cached_input_tokens\",\n\x04\x43ost\x12\x15\n\rcurrency_code\x18\x01 \x01(\t\x12\r\n\x05nanos\x18\x02 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61rgosy/v1/usage.proto\x12\targosy.v1\"\xcf\x01\n\x05Usage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\x03\x12 \n\x13\x63\x61\x63hed_input_tokens\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\routput_tokens\x18\x03 \x01(\x03\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\x03\x12\x0e\n\x06passes\x18\x05 \x01(\x03\x12\x1d\n\x04\x63ost\x18\x06 \x01(\x0b\x32\x0f.argosy.v1.Cost\x12\x16\n\x0e\x64\x65vice_seconds\x18\x07 \x01(\x01\x42\x16\n\x14_cached_input_tokens\",\n\x04\x43ost\x12\x15\n\rcurrency_code\x18\x01 \x01(\t\x12\r\n\x05nanos\x18\x02 \x01(\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'argosy.v1.usage_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_USAGE']._serialized_start=37
-  _globals['_USAGE']._serialized_end=220
-  _globals['_COST']._serialized_start=222
-  _globals['_COST']._serialized_end=266
+  _globals['_USAGE']._serialized_end=244
+  _globals['_COST']._serialized_start=246
+  _globals['_COST']._serialized_end=290
 # @@protoc_insertion_point(module_scope)

@@ -28,6 +28,7 @@ class Usage(_message.Message):
     REASONING_TOKENS_FIELD_NUMBER: _builtins.int
     PASSES_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    DEVICE_SECONDS_FIELD_NUMBER: _builtins.int
     input_tokens: _builtins.int
     """Tokens read: the template's and the labels' included."""
     cached_input_tokens: _builtins.int
@@ -38,6 +39,8 @@ class Usage(_message.Message):
     """Part of `output_tokens` spent on reasoning."""
     passes: _builtins.int
     """Explain only: forward and backward passes."""
+    device_seconds: _builtins.float
+    """Fine-tuning jobs and evaluations only: seconds of the device."""
     @_builtins.property
     def cost(self) -> Global___Cost:
         """The price. Unset: the fleet has no price list."""
@@ -51,10 +54,11 @@ class Usage(_message.Message):
         reasoning_tokens: _builtins.int = ...,
         passes: _builtins.int = ...,
         cost: Global___Cost | None = ...,
+        device_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_input_tokens", b"_cached_input_tokens", "cached_input_tokens", b"cached_input_tokens", "cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_input_tokens", b"_cached_input_tokens", "cached_input_tokens", b"cached_input_tokens", "cost", b"cost", "input_tokens", b"input_tokens", "output_tokens", b"output_tokens", "passes", b"passes", "reasoning_tokens", b"reasoning_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_input_tokens", b"_cached_input_tokens", "cached_input_tokens", b"cached_input_tokens", "cost", b"cost", "device_seconds", b"device_seconds", "input_tokens", b"input_tokens", "output_tokens", b"output_tokens", "passes", b"passes", "reasoning_tokens", b"reasoning_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_input_tokens: _TypeAlias = _typing.Literal["cached_input_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_input_tokens: _TypeAlias = _typing.Literal["_cached_input_tokens", b"_cached_input_tokens"]  # noqa: Y015

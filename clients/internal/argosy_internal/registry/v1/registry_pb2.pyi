@@ -7,12 +7,14 @@ Gateway to finetune: which adapter a name means now, and what to load where. Eac
 
 from argosy.v1 import content_pb2 as _content_pb2
 from argosy.v1 import model_pb2 as _model_pb2
+from argosy.v1 import usage_pb2 as _usage_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -23,6 +25,38 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ChargeOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChargeOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChargeOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHARGE_OUTCOME_UNSPECIFIED: _ChargeOutcome.ValueType  # 0
+    """It goes on; more may come."""
+    CHARGE_OUTCOME_DONE: _ChargeOutcome.ValueType  # 1
+    """With a result."""
+    CHARGE_OUTCOME_CANCELLED: _ChargeOutcome.ValueType  # 2
+    """Its owner ended it."""
+    CHARGE_OUTCOME_DEADLINE: _ChargeOutcome.ValueType  # 3
+    """Its deadline passed."""
+    CHARGE_OUTCOME_FAILED: _ChargeOutcome.ValueType  # 4
+    """Without a result."""
+
+class ChargeOutcome(_ChargeOutcome, metaclass=_ChargeOutcomeEnumTypeWrapper):
+    """How the work ended whose charge it is."""
+
+CHARGE_OUTCOME_UNSPECIFIED: ChargeOutcome.ValueType  # 0
+"""It goes on; more may come."""
+CHARGE_OUTCOME_DONE: ChargeOutcome.ValueType  # 1
+"""With a result."""
+CHARGE_OUTCOME_CANCELLED: ChargeOutcome.ValueType  # 2
+"""Its owner ended it."""
+CHARGE_OUTCOME_DEADLINE: ChargeOutcome.ValueType  # 3
+"""Its deadline passed."""
+CHARGE_OUTCOME_FAILED: ChargeOutcome.ValueType  # 4
+"""Without a result."""
+Global___ChargeOutcome: _TypeAlias = ChargeOutcome  # noqa: Y015
 
 @_typing.final
 class ResolveModelRequest(_message.Message):
@@ -382,3 +416,192 @@ class ReportServableResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportServableResponse: _TypeAlias = ReportServableResponse  # noqa: Y015
+
+@_typing.final
+class WatchChargesRequest(_message.Message):
+    """Charges after which."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    after_sequence: _builtins.int
+    """Sequence of the last charge in the books; 0..9,223,372,036,854,775,807. Unset: 0, from the start."""
+    def __init__(
+        self,
+        *,
+        after_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchChargesRequest: _TypeAlias = WatchChargesRequest  # noqa: Y015
+
+@_typing.final
+class Charge(_message.Message):
+    """What a job or an evaluation has cost since its last charge. The sum over all charges of a work is its whole cost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_UID_FIELD_NUMBER: _builtins.int
+    PROJECT_FIELD_NUMBER: _builtins.int
+    KEY_UID_FIELD_NUMBER: _builtins.int
+    WORK_UID_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    DEVICE_SECONDS_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    project_uid: _builtins.str
+    """The owner; a UUID."""
+    project: _builtins.str
+    """The owner, `projects/{project}`."""
+    key_uid: _builtins.str
+    """The key that asked for the work; a UUID."""
+    work_uid: _builtins.str
+    """The job or evaluation; a UUID."""
+    number: _builtins.int
+    """Counts the work's charges, from 1. With `work_uid` it names the charge for good."""
+    method: _builtins.str
+    """The public method that asked for the work, such as `/argosy.v1.FineTuneService/CreateFineTuneJob`."""
+    model: _builtins.str
+    """The model that is made or measured, by resource name."""
+    version: _builtins.str
+    """The version that came of it. Empty: none, or none yet."""
+    device_seconds: _builtins.float
+    """Seconds of the device since the last charge."""
+    outcome: Global___ChargeOutcome.ValueType
+    """How the work ended; set on its last charge."""
+    @_builtins.property
+    def cost(self) -> _usage_pb2.Cost:
+        """What is owed."""
+
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was written."""
+
+    def __init__(
+        self,
+        *,
+        project_uid: _builtins.str = ...,
+        project: _builtins.str = ...,
+        key_uid: _builtins.str = ...,
+        work_uid: _builtins.str = ...,
+        number: _builtins.int = ...,
+        method: _builtins.str = ...,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+        cost: _usage_pb2.Cost | None = ...,
+        device_seconds: _builtins.float = ...,
+        outcome: Global___ChargeOutcome.ValueType = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "device_seconds", b"device_seconds", "key_uid", b"key_uid", "method", b"method", "model", b"model", "number", b"number", "outcome", b"outcome", "project", b"project", "project_uid", b"project_uid", "time", b"time", "version", b"version", "work_uid", b"work_uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Charge: _TypeAlias = Charge  # noqa: Y015
+
+@_typing.final
+class ChargeBookmark(_message.Message):
+    """Nothing new: the stored charges have all been sent, or 15 s were quiet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChargeBookmark: _TypeAlias = ChargeBookmark  # noqa: Y015
+
+@_typing.final
+class ChargeEvent(_message.Message):
+    """One charge."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    CHARGE_FIELD_NUMBER: _builtins.int
+    BOOKMARK_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Cursor to resume from; ascending."""
+    @_builtins.property
+    def charge(self) -> Global___Charge:
+        """Something is owed."""
+
+    @_builtins.property
+    def bookmark(self) -> Global___ChargeBookmark:
+        """Nothing new."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        charge: Global___Charge | None = ...,
+        bookmark: Global___ChargeBookmark | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bookmark", b"bookmark", "charge", b"charge", "event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bookmark", b"bookmark", "charge", b"charge", "event", b"event", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["charge", "bookmark"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___ChargeEvent: _TypeAlias = ChargeEvent  # noqa: Y015
+
+@_typing.final
+class PauseJobsRequest(_message.Message):
+    """Whose jobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_UID_FIELD_NUMBER: _builtins.int
+    key_uid: _builtins.str
+    """UUID4; only jobs that this key asked for. Empty: all of the caller's project."""
+    def __init__(
+        self,
+        *,
+        key_uid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_uid", b"key_uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseJobsRequest: _TypeAlias = PauseJobsRequest  # noqa: Y015
+
+@_typing.final
+class PauseJobsResponse(_message.Message):
+    """They pause."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOBS_FIELD_NUMBER: _builtins.int
+    jobs: _builtins.int
+    """How many were told to."""
+    def __init__(
+        self,
+        *,
+        jobs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseJobsResponse: _TypeAlias = PauseJobsResponse  # noqa: Y015

@@ -50,6 +50,16 @@ class RegistryServiceStub:
                 request_serializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.ReportServableRequest.SerializeToString,
                 response_deserializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.ReportServableResponse.FromString,
                 _registered_method=True)
+        self.WatchCharges = channel.unary_stream(
+                '/argosy.internal.registry.v1.RegistryService/WatchCharges',
+                request_serializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.WatchChargesRequest.SerializeToString,
+                response_deserializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.ChargeEvent.FromString,
+                _registered_method=True)
+        self.PauseJobs = channel.unary_unary(
+                '/argosy.internal.registry.v1.RegistryService/PauseJobs',
+                request_serializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.PauseJobsRequest.SerializeToString,
+                response_deserializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.PauseJobsResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer:
@@ -77,6 +87,21 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchCharges(self, request, context):
+        """What training and evaluations cost, for every project, after a cursor: stored charges first, then live. The caller has scope `fleet`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseJobs(self, request, context):
+        """A project, or a key, has used up its day: its jobs pause at COST_LIMIT. Safe to repeat. The caller is of its project and has scope
+        `fleet`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +119,16 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.ReportServable,
                     request_deserializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.ReportServableRequest.FromString,
                     response_serializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.ReportServableResponse.SerializeToString,
+            ),
+            'WatchCharges': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCharges,
+                    request_deserializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.WatchChargesRequest.FromString,
+                    response_serializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.ChargeEvent.SerializeToString,
+            ),
+            'PauseJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseJobs,
+                    request_deserializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.PauseJobsRequest.FromString,
+                    response_serializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.PauseJobsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +213,60 @@ class RegistryService:
             '/argosy.internal.registry.v1.RegistryService/ReportServable',
             argosy__internal_dot_registry_dot_v1_dot_registry__pb2.ReportServableRequest.SerializeToString,
             argosy__internal_dot_registry_dot_v1_dot_registry__pb2.ReportServableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCharges(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/argosy.internal.registry.v1.RegistryService/WatchCharges',
+            argosy__internal_dot_registry_dot_v1_dot_registry__pb2.WatchChargesRequest.SerializeToString,
+            argosy__internal_dot_registry_dot_v1_dot_registry__pb2.ChargeEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.internal.registry.v1.RegistryService/PauseJobs',
+            argosy__internal_dot_registry_dot_v1_dot_registry__pb2.PauseJobsRequest.SerializeToString,
+            argosy__internal_dot_registry_dot_v1_dot_registry__pb2.PauseJobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,12 @@ class RegistryServiceStub:
     """What changed, for every project, after a cursor: stored changes first, then live. The caller has scope `fleet`."""
     ReportServable: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ReportServableRequest, _registry_pb2.ReportServableResponse]
     """Replicas hold a version: the job's `servable` event, once. Safe to repeat. The caller is of its project and has scope `fleet`."""
+    WatchCharges: _grpc.UnaryStreamMultiCallable[_registry_pb2.WatchChargesRequest, _registry_pb2.ChargeEvent]
+    """What training and evaluations cost, for every project, after a cursor: stored charges first, then live. The caller has scope `fleet`."""
+    PauseJobs: _grpc.UnaryUnaryMultiCallable[_registry_pb2.PauseJobsRequest, _registry_pb2.PauseJobsResponse]
+    """A project, or a key, has used up its day: its jobs pause at COST_LIMIT. Safe to repeat. The caller is of its project and has scope
+    `fleet`.
+    """
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
@@ -53,6 +59,12 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     """What changed, for every project, after a cursor: stored changes first, then live. The caller has scope `fleet`."""
     ReportServable: _aio.UnaryUnaryMultiCallable[_registry_pb2.ReportServableRequest, _registry_pb2.ReportServableResponse]  # type: ignore[assignment]
     """Replicas hold a version: the job's `servable` event, once. Safe to repeat. The caller is of its project and has scope `fleet`."""
+    WatchCharges: _aio.UnaryStreamMultiCallable[_registry_pb2.WatchChargesRequest, _registry_pb2.ChargeEvent]  # type: ignore[assignment]
+    """What training and evaluations cost, for every project, after a cursor: stored charges first, then live. The caller has scope `fleet`."""
+    PauseJobs: _aio.UnaryUnaryMultiCallable[_registry_pb2.PauseJobsRequest, _registry_pb2.PauseJobsResponse]  # type: ignore[assignment]
+    """A project, or a key, has used up its day: its jobs pause at COST_LIMIT. Safe to repeat. The caller is of its project and has scope
+    `fleet`.
+    """
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     """What finetune tells every gateway."""
@@ -80,5 +92,23 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.ReportServableResponse, _abc.Awaitable[_registry_pb2.ReportServableResponse]]:
         """Replicas hold a version: the job's `servable` event, once. Safe to repeat. The caller is of its project and has scope `fleet`."""
+
+    @_abc_1.abstractmethod
+    def WatchCharges(
+        self,
+        request: _registry_pb2.WatchChargesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_registry_pb2.ChargeEvent], _abc.AsyncIterator[_registry_pb2.ChargeEvent]]:
+        """What training and evaluations cost, for every project, after a cursor: stored charges first, then live. The caller has scope `fleet`."""
+
+    @_abc_1.abstractmethod
+    def PauseJobs(
+        self,
+        request: _registry_pb2.PauseJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.PauseJobsResponse, _abc.Awaitable[_registry_pb2.PauseJobsResponse]]:
+        """A project, or a key, has used up its day: its jobs pause at COST_LIMIT. Safe to repeat. The caller is of its project and has scope
+        `fleet`.
+        """
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -96,7 +96,9 @@ class _UsageOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageOut
     USAGE_OUTCOME_REFUSED: _UsageOutcome.ValueType  # 5
     """Refused after its tokens were reserved: nothing is billed."""
     USAGE_OUTCOME_FAILED: _UsageOutcome.ValueType  # 6
-    """A defect of ours: nothing is billed."""
+    """A defect of ours: nothing is billed. Of a fine-tuning job or an evaluation: it ended without a result, and what it used is billed."""
+    USAGE_OUTCOME_PART: _UsageOutcome.ValueType  # 7
+    """Part of a fine-tuning job or an evaluation that went on: its last row says how it ended."""
 
 class UsageOutcome(_UsageOutcome, metaclass=_UsageOutcomeEnumTypeWrapper):
     """How a request ended."""
@@ -114,7 +116,9 @@ USAGE_OUTCOME_LOST: UsageOutcome.ValueType  # 4
 USAGE_OUTCOME_REFUSED: UsageOutcome.ValueType  # 5
 """Refused after its tokens were reserved: nothing is billed."""
 USAGE_OUTCOME_FAILED: UsageOutcome.ValueType  # 6
-"""A defect of ours: nothing is billed."""
+"""A defect of ours: nothing is billed. Of a fine-tuning job or an evaluation: it ended without a result, and what it used is billed."""
+USAGE_OUTCOME_PART: UsageOutcome.ValueType  # 7
+"""Part of a fine-tuning job or an evaluation that went on: its last row says how it ended."""
 Global___UsageOutcome: _TypeAlias = UsageOutcome  # noqa: Y015
 
 @_typing.final
@@ -181,7 +185,7 @@ class QueryUsageResponse(_message.Message):
     """Asks for the next page. Empty: this was the last."""
     @_builtins.property
     def sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageSum]:
-        """Sums; those of 0 requests are left out."""
+        """Sums; those of nothing are left out."""
 
     def __init__(
         self,
@@ -217,7 +221,7 @@ class UsageSum(_message.Message):
     method: _builtins.str
     """Such as "argosy.v1.GenerationService/Chat". Empty: not grouped by it."""
     requests: _builtins.int
-    """Settled requests."""
+    """Settled requests; a fine-tuning job or an evaluation is one, counted at its end."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """First moment."""
@@ -294,7 +298,7 @@ class UsageRecord(_message.Message):
     cursor: _builtins.int
     """Rises with every row of the project; may have gaps."""
     request_id: _builtins.str
-    """As the caller sent it, or made by the server."""
+    """As the caller sent it, or made by the server; the uid of a fine-tuning job or an evaluation."""
     generation_id: _builtins.str
     """This attempt; a UUID."""
     api_key: _builtins.str
@@ -350,7 +354,7 @@ class GetRequestUsageRequest(_message.Message):
     parent: _builtins.str
     """`projects/{project}`; 1..512 bytes. Required."""
     request_id: _builtins.str
-    """UUID4, as sent or as `Started` gave it. Required."""
+    """UUID4, as sent, as `Started` gave it, or the uid of a fine-tuning job or an evaluation. Required."""
     def __init__(
         self,
         *,
