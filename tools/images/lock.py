@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -42,25 +43,26 @@ def resolve(name: str, lock: Lock) -> dict[str, str]:
         if lock.packages:
             asked.write_text("".join(f"{package}\n" for package in lock.packages))
             project = str(asked)
-        command = ["uv", "pip", "compile", project, "-c", "constraints.txt", *_RULES]
+        command = [sys.executable, "-m", "uv", "pip", "compile", project, "-c", "constraints.txt", *_RULES]
         command += [f"--extra={extra}" for extra in lock.extras]
         if lock.find_links:
-            command.append(f"--find-links={os.environ['PIP_FIND_LINKS']}")
+            command.append(f"--find-links={os.environ.get('PIP_FIND_LINKS', '.')}")
         text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return _entries(text)
 
 
 def lock_all() -> list[Path]:
-    """Write every lock: what a layer needs, less what the layers below it have. A lock with a local wheel is left as it is without one."""
+    """Write every lock: what a layer needs, less what the layers below it have. Without its local wheel a lock is left as it is."""
     written: list[Path] = []
     known: dict[str, set[str]] = {}
     for name, lock in LOCKS.items():
         target = SOURCES / f"{name}.lock"
-        if lock.find_links and "PIP_FIND_LINKS" not in os.environ:
-            continue
         entries = resolve(name, lock)
+        if lock.find_links and not any("+" in block.partition(" ")[0] for block in entries.values()):
+            continue  # the index has the package too, of another kind
         for below in lock.below:
             entries = {pin: block for pin, block in entries.items() if pin not in known[below]}
+        entries = {pin: block for pin, block in entries.items() if pin not in lock.without}
         known[name] = set(entries)
         what = f"less {' and '.join(f'{below}.lock' for below in lock.below)}" if lock.below else "every image begins with it"
         target.write_text(HEAD.format(what=what) + "".join(f"{block}\n" for block in entries.values()))

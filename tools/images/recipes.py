@@ -64,14 +64,17 @@ class Lock:
     packages: tuple[str, ...] = ()  # alone, in place of the project
     below: tuple[str, ...] = ()  # locks
     find_links: bool = False  # PIP_FIND_LINKS has a wheel that the index has not
+    without: tuple[str, ...] = ()  # asked for by a part of a package that no image has
 
 
+# What kubernetes.aio alone imports, which install.py leaves out.
+AIO = ("aiohappyeyeballs", "aiohttp", "aiohttp-retry", "aiosignal", "attrs", "frozenlist", "multidict", "propcache", "yarl")
 LOCKS = {
     "core": Lock(),
     "torch-cpu": Lock(packages=("torch",), below=("core",), find_links=True),
     "torch-cuda": Lock(packages=("torch",), below=("core",)),
-    "gateway": Lock(extras=("gateway",), below=("core",)),
-    "finetune": Lock(extras=("finetune",), below=("core",)),
+    "gateway": Lock(extras=("gateway",), below=("core",), without=AIO),
+    "finetune": Lock(extras=("finetune",), below=("core",), without=AIO),
     "inference": Lock(extras=("inference",), below=("core", "torch-cuda")),
     "trainer": Lock(extras=("trainer",), below=("core", "torch-cuda")),
 }
