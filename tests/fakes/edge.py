@@ -80,6 +80,7 @@ async def edge(
     telemetry: Any = None,
     finetune: str = "",
     jobs: Any = None,
+    max_stream_seconds: float = 300.0,
     **placing: Any,
 ) -> AsyncIterator[Edge]:
     """A running gateway; entered once `reachable` replicas (default: one for each engine) have reported."""
@@ -97,6 +98,7 @@ async def edge(
         inference_addresses=(*(engine.address for engine in engines), *addresses),
         placing=Placing(**placing),
         finetune_address=finetune,
+        max_stream_seconds=max_stream_seconds,
     )
     async with running(
         settings,

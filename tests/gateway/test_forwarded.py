@@ -242,11 +242,11 @@ async def test_bases_and_own_models_are_one_list() -> None:
         assert [model.name for model in page.models] == [model.name for model in own]
 
 
-async def test_a_watch_ends_well_near_our_cap_and_a_download_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.gateway.access.MAX_STREAM_SECONDS", 0.7)
+async def test_a_watch_ends_well_near_our_cap_and_a_download_does_not() -> None:
     event = finetune_pb2.WatchFineTuneJobResponse(event=finetune_pb2.JobEvent(sequence=1))
     piece = dataset_pb2.ReadDatasetVersionResponse(data=b"half")
-    async with tuned(replies={"WatchFineTuneJob": [event, ...], "ReadDatasetVersion": [piece, ...]}) as (fake, at):
+    script = {"WatchFineTuneJob": [event, ...], "ReadDatasetVersion": [piece, ...]}
+    async with tuned(replies=script, max_stream_seconds=0.7) as (fake, at):
         watch = jobs(at).WatchFineTuneJob(finetune_pb2.WatchFineTuneJobRequest(name=JOB), metadata=metadata(), timeout=30)
         assert [message async for message in watch] == [event]
         assert await watch.code() is grpc.StatusCode.OK
