@@ -8,7 +8,20 @@ from argosy.v1 import error_pb2, usage_pb2
 from argosy.v1 import finetune_pb2 as pb
 from services.finetune.jobs import State
 
-__all__ = ["checkpoint", "cost", "evaluation", "metric", "money", "progress", "reason", "servable", "state", "state_value", "warning"]
+__all__ = [
+    "checkpoint",
+    "cost",
+    "evaluation",
+    "metric",
+    "money",
+    "phase",
+    "progress",
+    "reason",
+    "servable",
+    "state",
+    "state_value",
+    "warning",
+]
 
 THINNED = frozenset({"progress", "metric"})  # kinds of which a long log keeps every other one
 
@@ -21,6 +34,11 @@ def reason(name: str) -> pb.JobReason.ValueType:
 def state_value(name: str) -> pb.FineTuneJob.State.ValueType:
     """The enum behind a stored state."""
     return pb.FineTuneJob.State.Value(f"STATE_{name}")
+
+
+def phase(name: str) -> pb.JobPhase.ValueType:
+    """The enum behind a stored phase."""
+    return pb.JobPhase.Value(f"JOB_PHASE_{name}")
 
 
 def money(currency: str, nanos: int) -> usage_pb2.Cost:
@@ -87,6 +105,13 @@ def servable(version: str, replicas: int, elapsed_s: float, load_s: float | None
 
 WARNINGS = {
     "checkpoint.damaged": "A checkpoint did not match its digests; the one before it was used.",
+    "attempt.suspended": "The attempt waits for its turn in the cluster's queue.",
+    "attempt.unschedulable": "The attempt waits for a free place in the cluster.",
+    "attempt.image": "The attempt cannot start: the cluster cannot get or configure its image. The operator has to help.",
+    "attempt.no_pod": "The attempt waits: the cluster makes no pod for it, for a quota or a policy. The operator may have to help.",
+    "attempt.node_lost": "The attempt's machine does not answer. Another starts once the cluster gives that machine up.",
+    "attempt.launcher_away": "The cluster does not answer for now. What runs goes on; what is to start waits.",
+    "attempt.launcher_refused": "The cluster refuses to run the attempt. The operator has to help; the job waits.",
     "attempt.lost": "The attempt ended without a result; the next goes on from the last checkpoint.",
     "V9.too_long": "Rows are longer than seq_len after the template; they were left out.",
 }

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.chassis import settings as environment
-from services.chassis.objects import ObjectsUnavailable, open_objects_sync
+from services.chassis.objects import ObjectsUnavailable, SyncObjects, open_objects_sync
 from services.chassis.telemetry import TelemetrySettings, configure_logs
+from services.finetune.trainer.control import Control
 
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
@@ -31,6 +32,8 @@ class TrainerSettings:
     base_directory: Path  # the base's weights, tokenizer and template
     training_ca: Path | None = None  # PEM of who signed the service's certificate; None: plaintext, on this machine only
     threads: int | None = field(default=None, metadata={"minimum": 1})  # of the CPU; None: those it may run on
+    trainer_command: tuple[str, ...] = ()  # words of a trainer of the operator's own, run under our wrapper; empty: our loop
+    callback_url: str = ""  # where that trainer's live progress is posted, as https://host:port; empty: nowhere
 
 
 @dataclass(frozen=True)
@@ -53,23 +56,36 @@ def keep_memory() -> None:
 def train(own: TrainerSettings, stop: threading.Event) -> int:
     """One attempt; its exit code."""
     import grpc
-    import torch
 
-    from services.finetune.trainer.attempt import LOST, Attempt
-    from services.finetune.trainer.wire import WireControl, token_from
+    from services.finetune.trainer.control import LOST
+    from services.finetune.trainer.wire import WireControl
 
-    keep_memory()
-    torch.set_num_threads(own.threads or len(os.sched_getaffinity(0)))
     credentials = None if own.training_ca is None else grpc.ssl_channel_credentials(own.training_ca.read_bytes())
-    control = WireControl(own.training_address, own.job, own.attempt, token_from(own.token_file), credentials=credentials)
+    control = WireControl(own.training_address, own.job, own.attempt, own.token_file, credentials=credentials)
     try:
         objects = open_objects_sync(own.store_url)
     except ObjectsUnavailable:
         return LOST
     try:
-        return Attempt(control, objects, own.base_directory, stop).run()
+        return _work(own, control, objects, stop)
     finally:
         control.close()
+
+
+def _work(own: TrainerSettings, control: Control, objects: SyncObjects, stop: threading.Event) -> int:
+    """Our loop, or the wrapper around the operator's own trainer, which may be of any library: torch is not read for it."""
+    if own.trainer_command:
+        from services.finetune.trainer.hosted import Callback, Hosted
+
+        callback = Callback(own.callback_url, own.token_file, own.training_ca)
+        return Hosted(control, objects, own.base_directory, stop, own.trainer_command, callback, own.job, own.attempt).run()
+    import torch
+
+    from services.finetune.trainer.attempt import Attempt
+
+    keep_memory()
+    torch.set_num_threads(own.threads or len(os.sched_getaffinity(0)))
+    return Attempt(control, objects, own.base_directory, stop).run()
 
 
 def main() -> int:

@@ -1,7 +1,6 @@
 """One attempt at a job, from claim to result: what happens when, and what ends it. Messages are `wire`'s, tensors `train`'s."""
 
 import hashlib
-import importlib.metadata
 import logging
 import math
 import tempfile
@@ -16,13 +15,29 @@ from safetensors.torch import save
 
 from services.chassis.objects import ObjectsUnavailable, SyncObjects
 from services.finetune.trainer import checkpoints, measures
-from services.finetune.trainer.control import Action, Claim, Control, Failure, Fenced, Outcome, Part, Refused, Unanswered, Warned
+from services.finetune.trainer.control import (
+    DONE,
+    INPUT,
+    LOST,
+    TERMINATED,
+    Action,
+    Claim,
+    Control,
+    Failure,
+    Fenced,
+    Outcome,
+    Part,
+    Refused,
+    Unanswered,
+    Warned,
+)
+from services.finetune.trainer.grants import Unusable
 from services.finetune.trainer.model import Base, BaseUnsupported, load
 from services.finetune.trainer.preference import PreferenceTrainer
 from services.finetune.trainer.privacy import GuardTripped, PrivateTrainer, canary
 from services.finetune.trainer.rendering import Renderer
 from services.finetune.trainer.reporting import INTERVAL_S, Reporter
-from services.finetune.trainer.rows import Prepared, Unusable, prepare
+from services.finetune.trainer.rows import Prepared, prepare
 from services.finetune.trainer.spec import Method
 from services.finetune.trainer.train import Evaluation, Trainer
 from services.pretrained import weights
@@ -30,17 +45,11 @@ from services.pretrained.fingerprint import fingerprint
 from services.pretrained.templates import load_template
 from services.pretrained.tokenizer import Tokenizer
 
-__all__ = ["DONE", "INPUT", "LOST", "TERMINATED", "Attempt", "code_version"]
+__all__ = ["DONE", "INPUT", "LOST", "TERMINATED", "Attempt"]
 
 log = logging.getLogger(__name__)
 
 _CANARIES = 16  # training examples by which stored private weights are told from spoilt ones
-DONE, INPUT, LOST, TERMINATED = 0, 65, 75, 143  # exit codes; they choose the retry, success is the control plane's word
-
-
-def code_version() -> str:
-    """What trains."""
-    return f"argosy {importlib.metadata.version('argosy-platform')}"
 
 
 class _Ended(Exception):

@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 
 from services.chassis.objects import ObjectMissing, SyncObjects
 from services.finetune.trainer.control import Part, ResumePoint
+from services.finetune.trainer.parts import store
 from services.finetune.trainer.train import Best, Trainer
 
 __all__ = ["Damaged", "Saved", "Writer", "capture", "manifest", "read", "read_result", "restore", "store"]
@@ -109,13 +110,6 @@ def parts(saved: Saved) -> dict[str, bytes]:
         found["best.safetensors"] = save(dict(saved.best))
     found["state.json"] = json.dumps(saved.state).encode()
     return found
-
-
-def store(objects: SyncObjects, prefix: str, files: Mapping[str, bytes]) -> tuple[Part, ...]:
-    """Put files below `prefix`; what they are."""
-    for name, data in files.items():
-        objects.put(f"{prefix}{name}", data)
-    return tuple(Part(name, hashlib.sha256(data).hexdigest(), len(data)) for name, data in sorted(files.items()))
 
 
 def manifest(

@@ -1,6 +1,7 @@
 """What the trainer and the control plane say to each other, as values; `wire` turns them into messages (pure)."""
 
 import enum
+import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,6 +10,10 @@ from services.finetune.rows import Layout
 from services.finetune.trainer.spec import Spec
 
 __all__ = [
+    "DONE",
+    "INPUT",
+    "LOST",
+    "TERMINATED",
     "Action",
     "Claim",
     "Control",
@@ -22,7 +27,15 @@ __all__ = [
     "ResumePoint",
     "Unanswered",
     "Warned",
+    "code_version",
 ]
+
+DONE, INPUT, LOST, TERMINATED = 0, 65, 75, 143  # exit codes; they choose the retry, success is the control plane's word
+
+
+def code_version() -> str:
+    """What trains."""
+    return f"argosy {importlib.metadata.version('argosy-platform')}"
 
 
 class Fenced(Exception):

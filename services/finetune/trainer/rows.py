@@ -1,27 +1,18 @@
-"""Granted bytes as examples: digest first, then rows, then ids. What breaks a rule ends the run and names the line."""
+"""Granted rows as examples. What breaks a rule ends the run and names the line."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from services.chassis.objects import ObjectMissing, SyncObjects
-from services.finetune.rows import Row, Turn, read_rows
-from services.finetune.splits import split
+from services.chassis.objects import SyncObjects
+from services.finetune.rows import Row, Turn
 from services.finetune.trainer.batches import Example
-from services.finetune.trainer.control import Claim, Failure, Grant, Warned
+from services.finetune.trainer.control import Claim, Failure, Warned
+from services.finetune.trainer.grants import Unusable, divided
 from services.finetune.trainer.rendering import Renderer
 from services.finetune.trainer.spec import Method, Spec
 from services.pretrained.templates import TemplateRefused
 
 __all__ = ["Prepared", "Unusable", "prepare"]
-
-
-class Unusable(Exception):
-    """The run can never succeed; `failure` says why."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.reason)
-        self.failure = failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +28,7 @@ class Prepared:
 def prepare(objects: SyncObjects, claim: Claim, renderer: Renderer) -> Prepared:
     """Read, split, render. Raises Unusable, and ObjectsUnavailable where the store cannot be reached."""
     spec = claim.spec
-    rows = granted(objects, claim.train)
-    held = granted(objects, claim.validation) if claim.validation is not None else []
-    # A private run measures on no row that it promises to protect.
-    if claim.validation is None and spec.validation_fraction > 0 and spec.privacy is None:
-        learnt, measured = split([row.digest for row in rows], [row.label for row in rows], spec.validation_fraction, spec.seed)
-        rows, held = [rows[at] for at in learnt], [rows[at] for at in measured]
+    rows, held = divided(objects, claim)
     labels = tuple(sorted({row.label for row in rows})) if spec.method is Method.CLASSIFY else ()
     warnings: list[Warned] = []
     unknown = [row for row in held if labels and row.label not in labels]
@@ -54,25 +40,6 @@ def prepare(objects: SyncObjects, claim: Claim, renderer: Renderer) -> Prepared:
     if not train:
         raise Unusable(Failure("DATA_INVALID", "V9.none_left"))
     return Prepared(tuple(train), tuple(validation), labels, tuple(warnings))
-
-
-def granted(objects: SyncObjects, grant: Grant) -> list[Row]:
-    """The rows of a grant, once its bytes have proved to be those granted. Raises Unusable."""
-    found = hashlib.sha256()
-    try:
-        data = b"".join(objects.stream(grant.path))
-    except ObjectMissing:
-        raise Unusable(Failure("DATA_INVALID", "V1.missing")) from None
-    found.update(data)
-    if found.hexdigest() != grant.sha256:
-        raise Unusable(Failure("DATA_INVALID", "V1.digest"))
-    rows = []
-    for row in read_rows([data], grant.layout):
-        if isinstance(row, Row):
-            rows.append(row)
-        elif row.severity == "error":
-            raise Unusable(Failure("DATA_INVALID", row.rule, row.line, row.field))
-    return rows
 
 
 def _examples(rows: list[Row], spec: Spec, labels: tuple[str, ...], renderer: Renderer, warnings: list[Warned]) -> list[Example]:

@@ -20,8 +20,19 @@ from argosy.v1 import dataset_pb2, finetune_pb2
 from argosy_internal.training.v1 import training_pb2, training_pb2_grpc
 from services.chassis.channel import ENGINE, PlaintextRefused, is_local
 from services.finetune.rows import Layout
-from services.finetune.trainer.attempt import code_version
-from services.finetune.trainer.control import Action, Claim, Failure, Fenced, Grant, Outcome, Refused, Report, ResumePoint, Unanswered
+from services.finetune.trainer.control import (
+    Action,
+    Claim,
+    Failure,
+    Fenced,
+    Grant,
+    Outcome,
+    Refused,
+    Report,
+    ResumePoint,
+    Unanswered,
+    code_version,
+)
 from services.finetune.trainer.spec import CHECKPOINT_INTERVAL_STEPS, SEQ_LEN, EarlyStopping, Hyperparameters, Lora, Method, Privacy, Spec
 
 __all__ = ["WireControl", "spec_from_proto"]
@@ -44,12 +55,15 @@ class WireControl:
         address: str,
         job: str,
         attempt: int,
-        token: str,
+        token: str | Path,
         *,
         credentials: grpc.ChannelCredentials | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """`token` goes with every call. Raises PlaintextRefused for another machine without `credentials`."""
+        """`token` goes with every call, read from its file if it is one: a cluster renews it there.
+
+        Raises PlaintextRefused for another machine without `credentials`.
+        """
         if credentials is None and not is_local(address):
             raise PlaintextRefused("send a job's token to", address)
         options = list(ENGINE.items())
@@ -57,7 +71,7 @@ class WireControl:
             grpc.insecure_channel(address, options) if credentials is None else grpc.secure_channel(address, credentials, options)
         )
         self._stub = training_pb2_grpc.TrainingServiceStub(self._channel)
-        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._token = token
         self._job, self._attempt, self._patience_s = job, attempt, patience_s
         self._nonce = str(uuid.uuid4())
         self._fence, self._sequence, self._hyper = 0, 0, {}  # type: int, int, dict[str, str]
@@ -184,6 +198,9 @@ class WireControl:
         """See Control."""
         self._complete(training_pb2.CompleteRunRequest(stopped=training_pb2.RunStopped(step=step)))
 
+    def _shown(self) -> str:
+        return token_from(self._token) if isinstance(self._token, Path) else self._token
+
     def _complete(self, request: training_pb2.CompleteRunRequest) -> None:
         request.job, request.fence = self._job, self._fence
         self._call(self._stub.CompleteRun, request)
@@ -193,7 +210,7 @@ class WireControl:
         began, pause_s = time.monotonic(), 0.1
         while True:
             try:
-                return method(request, timeout=CALL_S, metadata=self._metadata)
+                return method(request, timeout=CALL_S, metadata=(("authorization", f"Bearer {self._shown()}"),))
             except grpc.RpcError as error:
                 code = error.code()
                 if code in _LOST or (code is grpc.StatusCode.ABORTED and _reason(error) == "WORKER_FENCED"):

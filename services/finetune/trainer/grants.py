@@ -1,0 +1,49 @@
+"""Granted bytes as rows: digest first. What breaks a rule ends the run and names the line."""
+
+import hashlib
+
+from services.chassis.objects import ObjectMissing, SyncObjects
+from services.finetune.rows import Row, read_rows
+from services.finetune.splits import split
+from services.finetune.trainer.control import Claim, Failure, Grant
+
+__all__ = ["Unusable", "divided", "granted"]
+
+
+class Unusable(Exception):
+    """The run can never succeed; `failure` says why."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
+def divided(objects: SyncObjects, claim: Claim) -> tuple[list[Row], list[Row]]:
+    """Rows to learn from and rows to measure on. Raises Unusable, and ObjectsUnavailable where the store cannot be reached."""
+    spec = claim.spec
+    rows = granted(objects, claim.train)
+    held = granted(objects, claim.validation) if claim.validation is not None else []
+    # A private run measures on no row that it promises to protect.
+    if claim.validation is None and spec.validation_fraction > 0 and spec.privacy is None:
+        learnt, measured = split([row.digest for row in rows], [row.label for row in rows], spec.validation_fraction, spec.seed)
+        rows, held = [rows[at] for at in learnt], [rows[at] for at in measured]
+    return rows, held
+
+
+def granted(objects: SyncObjects, grant: Grant) -> list[Row]:
+    """The rows of a grant, once its bytes have proved to be those granted. Raises Unusable."""
+    found = hashlib.sha256()
+    try:
+        data = b"".join(objects.stream(grant.path))
+    except ObjectMissing:
+        raise Unusable(Failure("DATA_INVALID", "V1.missing")) from None
+    found.update(data)
+    if found.hexdigest() != grant.sha256:
+        raise Unusable(Failure("DATA_INVALID", "V1.digest"))
+    rows = []
+    for row in read_rows([data], grant.layout):
+        if isinstance(row, Row):
+            rows.append(row)
+        elif row.severity == "error":
+            raise Unusable(Failure("DATA_INVALID", row.rule, row.line, row.field))
+    return rows
