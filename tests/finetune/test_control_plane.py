@@ -173,14 +173,17 @@ class House:
 
 
 @asynccontextmanager
-async def house(url: str, base: Path, folder: Path, **quotas: Any) -> AsyncIterator[House]:
+async def house(
+    url: str, base: Path, folder: Path, *, jobs: JobSettings = QUICK, launched: bool = False, **quotas: Any
+) -> AsyncIterator[House]:
     launcher = Launcher()
     settings = FineTuneSettings(
-        database_url=url, store_url=f"file://{folder / 'objects'}", bases=(f"tiny={base}",), cache_dir=str(folder / "cache"), jobs=QUICK,
+        database_url=url, store_url=f"file://{folder / 'objects'}", bases=(f"tiny={base}",), cache_dir=str(folder / "cache"), jobs=jobs,
         quotas=JobQuotas(**({"training_nanos_per_second": 1_000_000} | quotas)),
     )  # fmt: skip
     verifier = CallerVerifier({"test": KEY.public_key()}, AUDIENCE)
-    async with finetune(settings, launcher=launcher, verifier=verifier) as running, grpc.aio.insecure_channel(running.address) as channel:
+    own = None if launched else launcher  # else attempts are processes
+    async with finetune(settings, launcher=own, verifier=verifier) as running, grpc.aio.insecure_channel(running.address) as channel:
         tenant = Tenant(dataset_pb2_grpc.DatasetServiceStub(channel), f"t-{uuid4().hex[:8]}", scopes=SCOPES)
         layout = {"encoding": 2, "text_columns": ["text"], "label_column": "label", "delimiter": "\t", "header": True}
         made = await tenant.dataset("rows", layout=layout)
