@@ -1,7 +1,7 @@
 """Which model answers to which name: what the replicas say they serve, and what a key may see of it (pure)."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from services.chassis.errors import ModelCapability, ModelNotServed, ResourceNotFound
@@ -34,19 +34,27 @@ class Catalog:
 
     def __init__(self) -> None:
         self._replicas: dict[str, Served] = {}
+        self._asleep: dict[str, Served] = {}  # by the model's name: what its last replica said of it
 
     def serves(self, replica: str, served: Served) -> None:
         """A replica described itself. It keeps its place when it is unreachable for a while: a name does not come and go."""
         self._replicas[replica] = served
+        self._asleep.pop(served.name, None)
 
     def forget(self, replica: str) -> None:
-        """A replica left for good."""
-        self._replicas.pop(replica, None)
+        """A replica left for good. The last of its model leaves its description behind: the model may only be asleep."""
+        served = self._replicas.pop(replica, None)
+        if served is not None and all(other.name != served.name for other in self._replicas.values()):
+            self._asleep[served.name] = served
+
+    def keep_asleep(self, names: Collection[str]) -> None:
+        """Of the models without a replica only `names` are installed."""
+        self._asleep = {name: served for name, served in self._asleep.items() if name in names}
 
     @property
     def empty(self) -> bool:
         """No replica has ever described itself: nothing is known yet."""
-        return not self._replicas
+        return not self._replicas and not self._asleep
 
     def tuned(self, target: Target, *, field: str = "model") -> Served:
         """A version of a project's own, with what its base can do.
@@ -54,7 +62,7 @@ class Catalog:
         Raises:
             ModelNotServed: no replica serves its base.
         """
-        base = next((served for served in self._replicas.values() if served.digest == target.digest), None)
+        base = next((served for served in self._known() if served.digest == target.digest), None)
         if base is None:
             raise ModelNotServed(field)
         return Served(
@@ -89,16 +97,20 @@ class Catalog:
         found = self._by_name().get(name)
         if found is None or not digest or found.digest == digest:
             return found
-        return next((served for served in self._replicas.values() if served.digest == digest), None)
+        return next((served for served in self._known() if served.digest == digest), None)
 
     def replicas(self, digest: str) -> frozenset[str]:
         """Names of the replicas that serve these weights."""
         return frozenset(name for name, served in self._replicas.items() if served.digest == digest)
 
+    def _known(self) -> Iterator[Served]:
+        yield from self._replicas.values()
+        yield from self._asleep.values()
+
     def _by_name(self) -> dict[str, Served]:
         """While a new version rolls out two digests share a name: the one most replicas serve answers."""
         counts = Counter((served.name, served.digest) for served in self._replicas.values())
-        best: dict[str, Served] = {}
+        best = dict(self._asleep)
         for served in sorted(self._replicas.values(), key=lambda s: (counts[s.name, s.digest], s.digest)):
             best[served.name] = served
         return best

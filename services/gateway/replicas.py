@@ -1,7 +1,8 @@
 """The inference replicas: a channel each, what they say of themselves, and places on them.
 
-Each replica has two watchers: one reads GetEngineInfo and then WatchLoad, the other Health. It takes calls while both say it may. A call
-gets a `Place` through the admission of its model, and leaves it exactly once.
+Each replica has two watchers: one reads GetEngineInfo and then WatchLoad, the other Health. It takes calls while both say it may, and the
+cluster too where it was discovered. A call gets a `Place` through the admission of its model, and leaves it exactly once. A replica that
+the cluster no longer lists is closed once its last call has left.
 """
 
 import asyncio
@@ -22,13 +23,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from argosy.v1 import model_pb2
 from argosy_internal.engine.v1 import engine_pb2, engine_pb2_grpc
-from services.chassis.channel import open_channel, streaming
-from services.chassis.errors import NotStarted, Shed
+from services.chassis.channel import ENGINE, PlaintextRefused, open_channel, streaming
+from services.chassis.errors import NotStarted, ResourceNotFound, Shed
 from services.chassis.identity import CALLER_KEY, Caller, CallerSigner
 from services.chassis.telemetry import Telemetry
 from services.gateway import routing
 from services.gateway.admission import RETRY_AFTER_MIN_S, Admission, Ask, Waiting
 from services.gateway.catalog import Catalog, Served
+from services.gateway.endpoints import Endpoint, View
 from services.gateway.settings import Placing
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 def label(address: str) -> str:
-    """What callers may know of a replica: enough to tell two apart."""
+    """What callers may know of a replica, by its address or its pod's uid: enough to tell two apart."""
     return hashlib.blake2b(address.encode(), digest_size=4).hexdigest()
 
 
@@ -57,7 +59,7 @@ def label(address: str) -> str:
 class Link:
     """One replica: its channel, its calls, its last words."""
 
-    address: str
+    endpoint: Endpoint
     channel: grpc.aio.Channel
     replica: routing.Replica
     served: Served | None = None
@@ -68,6 +70,7 @@ class Link:
     unary: int = 0
     stub: Any = None
     generate: Any = None  # EngineService/Generate, events as bytes
+    watchers: tuple[asyncio.Task[None], ...] = ()
 
     def __post_init__(self) -> None:
         self.stub = engine_pb2_grpc.EngineServiceStub(self.channel)
@@ -76,9 +79,14 @@ class Link:
             GENERATE, request_serializer=engine_pb2.GenerateRequest.SerializeToString, response_deserializer=None
         )
 
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return self.endpoint.address
+
     def judge(self) -> None:
-        """Reachable is both watchers' word."""
-        self.replica.reachable = self.healthy and self.loads
+        """Reachable is both watchers' word, and the cluster's that it may have new work."""
+        self.replica.reachable = self.healthy and self.loads and self.endpoint.offered
 
 
 @dataclass(eq=False)
@@ -132,6 +140,7 @@ class Place:
         replica = self.link.replica
         was = replica.standing
         replica.ended(self._number, self._pool.now(), failed=failed)
+        self._pool.replicas.let_go(self.link)
         if replica.standing is routing.Standing.EJECTED is not was:
             self._pool.replicas.telemetry.record("argosy.replica.ejected", 1, {"argosy.reason": "FAILURES"})
 
@@ -317,11 +326,11 @@ class Shelf:
 
 
 class Replicas:
-    """All replicas of a static list. Use `watching()`; it closes the channels."""
+    """All replicas: a static list, or whatever `follow` is told of. Use `watching()`; it closes the channels."""
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        addresses: Sequence[str] = (),
         *,
         placing: Placing,
         signer: CallerSigner,
@@ -329,31 +338,43 @@ class Replicas:
         telemetry: Telemetry | None = None,
         changed: Callable[[bool], Awaitable[None]] | None = None,
     ) -> None:
-        """`changed(any reachable)` is awaited when the fleet becomes usable or stops being so."""
+        """`changed(usable)` is awaited when the fleet becomes usable or stops being so.
+
+        It is usable while a replica can be reached; and where a view of the cluster says that there is none to be reached.
+        """
         self.placing = placing
         self.retries = routing.RetryBudget()
         self.catalog = Catalog()
         self._signer = signer
         self._telemetry = telemetry or Telemetry.off()
         self._changed = changed
-        self.usable = False  # any replica reachable
+        self.usable = False
         self._pools: dict[str, Pool] = {}
         self._judged = asyncio.Event()  # set, and replaced, at each report
-        self.links = [
-            # No interceptors: one would add a hop to each event of each stream.
-            Link(address, open_channel(address, credentials=credentials), routing.Replica(label(address)))
-            for address in addresses
-        ]
+        self._credentials = credentials
+        self._models: frozenset[str] | None = None  # installed in the cluster; None: nobody has told yet
+        self._watching = False
+        self._leaving: set[Link] = set()  # listed no more, with calls that go on
+        self._closing: set[asyncio.Task[None]] = set()
+        self.links: list[Link] = []
+        for address in addresses:
+            self._add(Endpoint(address, address))
 
     def metadata(self, caller: Caller) -> Metadata:
         """The signed caller for one call, and the trace it belongs to."""
         return self._telemetry.inject(((CALLER_KEY, self._signer.sign(caller, AUDIENCE, time.time())),))
 
     def resolve(self, name: str, allowed: Iterable[str]) -> Served:
-        """Like Catalog.resolve, but NotStarted while no replica has ever been seen: nothing is known yet."""
-        if not any(link.served for link in self.links):
+        """Like Catalog.resolve, but NotStarted for what is not known yet: everything before the first replica, a model before its own."""
+        if self.catalog.empty:
             raise NotStarted()
-        return self.catalog.resolve(name, allowed)
+        permitted = frozenset(allowed)
+        try:
+            return self.catalog.resolve(name, permitted)
+        except ResourceNotFound:
+            if name in (self._models or ()) and (not permitted or name in permitted):
+                raise NotStarted() from None
+            raise
 
     def shelves(self, digest: str = "") -> list[Shelf]:
         """The adapters of the replicas that serve this base, or any, and can be reached."""
@@ -392,15 +413,82 @@ class Replicas:
     @asynccontextmanager
     async def watching(self) -> AsyncIterator["Replicas"]:
         """Watch every replica while inside."""
-        watchers = [asyncio.create_task(watch(link)) for link in self.links for watch in (self._watch_load, self._watch_health)]
+        self._watching = True
+        for link in self.links:
+            self._watch(link)
         try:
             yield self
         finally:
-            for watcher in watchers:
-                watcher.cancel()
-            await asyncio.gather(*watchers, return_exceptions=True)
-            for link in self.links:
-                await link.channel.close(None)
+            self._watching = False
+            await asyncio.gather(*(self._close(link) for link in (*self.links, *self._leaving)), *self._closing)
+
+    async def follow(self, seen: View) -> None:
+        """Have a channel to each replica in `seen`, and none to any other but for the calls that still run there."""
+        first, self._models = self._models is None, seen.models
+        for link in list(self.links):
+            endpoint = seen.endpoints.get(link.endpoint.uid)
+            if endpoint is None or endpoint.address != link.address or endpoint.server_name != link.endpoint.server_name:
+                self._retire(link)
+            elif endpoint != link.endpoint:
+                link.endpoint = endpoint
+                await self._judge(link)
+        known = {link.endpoint.uid for link in self.links}
+        for endpoint in seen.endpoints.values():
+            if endpoint.uid not in known:
+                self._add(endpoint)
+        self.catalog.keep_asleep(seen.models)
+        if first:
+            log.info("the cluster lists %d replicas of %d models", len(seen.endpoints), len(seen.models))
+        await self._weigh()
+        for pool in self._pools.values():
+            pool.pump()
+
+    def _add(self, endpoint: Endpoint) -> None:
+        options: dict[str, int | str] = dict(ENGINE)
+        if endpoint.server_name:
+            options["grpc.ssl_target_name_override"] = endpoint.server_name
+        name = label(endpoint.uid)
+        try:
+            # No interceptors: one would add a hop to each event of each stream.
+            channel = open_channel(endpoint.address, credentials=self._credentials, options=options)
+        except PlaintextRefused as refused:
+            if self._models is None:  # from the settings: an operator is there to read it
+                raise
+            log.error("replica %s is passed over: %s", name, refused)
+            return
+        self.links.append(link := Link(endpoint, channel, routing.Replica(name)))
+        if self._watching:
+            self._watch(link)
+
+    def _watch(self, link: Link) -> None:
+        link.watchers = (asyncio.create_task(self._watch_load(link)), asyncio.create_task(self._watch_health(link)))
+
+    def _retire(self, link: Link) -> None:
+        """No new work; its calls go on until they end."""
+        if link.loads:
+            log.info("replica %s leaves, with %d calls", link.replica.name, len(link.replica.in_flight))
+        link.replica.reachable = False
+        for watcher in link.watchers:
+            watcher.cancel()
+        self.links.remove(link)
+        self.catalog.forget(link.replica.name)
+        self._leaving.add(link)
+        self.let_go(link)
+
+    def let_go(self, link: Link) -> None:
+        """A call on `link` has ended: it is closed if it was to leave, and that was its last."""
+        if link in self._leaving and not link.replica.in_flight:
+            self._leaving.remove(link)
+            closing = asyncio.create_task(self._close(link))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def _close(self, link: Link) -> None:
+        for watcher in link.watchers:
+            watcher.cancel()
+        await asyncio.gather(*link.watchers, return_exceptions=True)
+        await link.channel.close(None)
+        self._telemetry.record("argosy.replica.inflight", 0, {"argosy.replica": link.replica.name})
 
     async def until(self, reachable: int, timeout_s: float = 10.0) -> None:
         """Wait until exactly so many replicas are reachable; TimeoutError if that does not come about."""
@@ -416,18 +504,22 @@ class Replicas:
         was = link.replica.reachable
         link.judge()
         if was and not link.replica.reachable:
-            self._telemetry.record("argosy.replica.ejected", 1, {"argosy.reason": "UNHEALTHY" if link.loads else "UNREACHABLE"})
+            self._telemetry.record("argosy.replica.ejected", 1, {"argosy.reason": _why(link)})
+        await self._weigh()
+        if link.served is not None:
+            self.pool(link.served.digest).pump()
+
+    async def _weigh(self) -> None:
+        """The fleet may have become usable, or no longer be."""
         self._judged.set()
         self._judged = asyncio.Event()
         reachable = sum(each.replica.reachable for each in self.links)
         self._telemetry.record("argosy.replica.ready", reachable)
-        usable = reachable > 0
+        usable = reachable > 0 or (self._models is not None and not any(link.endpoint.offered for link in self.links))
         if usable != self.usable:
             self.usable = usable
             if self._changed is not None:
                 await self._changed(usable)
-        if link.served is not None:
-            self.pool(link.served.digest).pump()
 
     async def _watch_load(self, link: Link) -> None:
         failures = 0
@@ -488,6 +580,15 @@ class Replicas:
                 link.healthy = link.healthy or error.code() is grpc.StatusCode.UNIMPLEMENTED
             failures += 1
             await asyncio.sleep(_backoff(failures))
+
+
+def _why(link: Link) -> str:
+    """Why it takes no new work."""
+    if not link.loads:
+        return "UNREACHABLE"
+    if not link.endpoint.healthy:
+        return "DEVICE"
+    return "LEAVING" if not link.endpoint.offered else "UNHEALTHY"
 
 
 def _waits_since(replica: routing.Replica, moment: float) -> bool:

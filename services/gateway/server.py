@@ -25,6 +25,7 @@ from services.chassis.server import Serving, public, serve
 from services.chassis.telemetry import Telemetry
 from services.gateway.authentication import authenticating, deadline_cap_s, permit
 from services.gateway.charges import Billing
+from services.gateway.discovery import Discovery, connect
 from services.gateway.finetune import FineTune
 from services.gateway.finetune import credentials as finetune_credentials
 from services.gateway.gauges import Spooling, measure
@@ -102,13 +103,15 @@ async def running(
     jobs: JobBooks | None = None,
     administration: Sequence[Service] = (),
     pages: PageTokens | None = None,
+    cluster: Any = None,
     telemetry: Telemetry | None = None,
     signals: bool = False,
 ) -> AsyncIterator[Running]:
     """Serve until left; leaving drains, settles every call and closes the replicas' channels.
 
-    `administration` are argosy.admin.v1's services; without `jobs` nothing that finetune runs is settled or bounded. Health says SERVING
-    while a replica can be reached, and no earlier.
+    `administration` are argosy.admin.v1's services; without `jobs` nothing that finetune runs is settled or bounded. `cluster` is the API
+    that lists the replicas (discovery.connect), for settings that name namespaces. Health says SERVING while a replica can be reached, or
+    the cluster says that there is none to be reached.
     """
     telemetry = telemetry or Telemetry.off()
     serving: Serving | None = None
@@ -163,17 +166,30 @@ async def running(
             telemetry=telemetry,
             signals=signals,
         ) as serving:
-            if replicas.usable or not settings.inference_addresses:
+            if replicas.usable or not (settings.inference_addresses or settings.model_namespaces):
                 await serving.ready()
             measuring = asyncio.create_task(measure(replicas, spooling, telemetry), name="gateway gauges")
             try:
-                yield Running(serving.address, serving, replicas, relay, names)
+                async with _following(settings, cluster, replicas, telemetry):
+                    yield Running(serving.address, serving, replicas, relay, names)
             finally:
                 measuring.cancel()
                 await asyncio.wait((measuring,))
         await relay.settled()
     await names.close()
     await finetune.close()
+
+
+@asynccontextmanager
+async def _following(settings: GatewaySettings, cluster: Any, replicas: Replicas, telemetry: Telemetry) -> AsyncIterator[None]:
+    """Have the replicas that the cluster lists, where one is to be asked. Raises discovery.NoCluster."""
+    if not settings.model_namespaces:
+        yield
+        return
+    api = cluster or await asyncio.to_thread(connect)
+    discovery = Discovery(settings.model_namespaces, api, gpu_health=settings.gpu_health, telemetry=telemetry)
+    async with discovery.following(replicas.follow):
+        yield
 
 
 @asynccontextmanager

@@ -31,7 +31,9 @@ class GatewaySettings:
     placing: Placing = field(default_factory=Placing)
     # The longest that a call may take: its deadline if it names none, and what a drain has to wait for.
     max_stream_seconds: float = field(default=300.0, metadata={"minimum": 1.0, "maximum": 86_400.0})
-    inference_addresses: tuple[str, ...] = ()  # host:port of each replica
+    inference_addresses: tuple[str, ...] = ()  # host:port of each replica, where no cluster lists them
+    model_namespaces: tuple[str, ...] = ()  # of a Kubernetes cluster, whose EndpointSlices list the replicas; empty: no cluster is asked
+    gpu_health: bool = False  # new work only for pods without an Unhealthy device; reads pods, which needs the right to
     inference_ca: Path | None = None  # PEM; without it replicas must be on this machine
     inference_certificate: Path | None = None  # PEM, what we show to replicas
     inference_private_key: Path | None = None

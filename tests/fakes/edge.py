@@ -81,9 +81,14 @@ async def edge(
     finetune: str = "",
     jobs: Any = None,
     max_stream_seconds: float = 300.0,
+    cluster: Any = None,
+    gpu_health: bool = False,
     **placing: Any,
 ) -> AsyncIterator[Edge]:
-    """A running gateway; entered once `reachable` replicas (default: one for each engine) have reported."""
+    """A running gateway; entered once `reachable` replicas (default: one for each engine) have reported.
+
+    `cluster` is an API (a kubernetes ApiClient) whose namespace `models` lists more of them.
+    """
     known = {"acme": caller()} if callers is None else callers
     books = MemoryLedger() if ledger is None else ledger
 
@@ -99,6 +104,8 @@ async def edge(
         placing=Placing(**placing),
         finetune_address=finetune,
         max_stream_seconds=max_stream_seconds,
+        model_namespaces=("models",) if cluster is not None else (),
+        gpu_health=gpu_health,
     )
     async with running(
         settings,
@@ -109,6 +116,7 @@ async def edge(
         jobs=jobs,
         signals=signals,
         telemetry=telemetry,
+        cluster=cluster,
     ) as gate:
         await gate.replicas.until(len(engines) if reachable is None else reachable)
         async with grpc.aio.insecure_channel(gate.address, options=[*ENGINE.items()]) as channel:

@@ -116,6 +116,11 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         """Tokens really generated, whatever became of them."""
         return self.totals["output_tokens"]
 
+    @property
+    def watching(self) -> int:
+        """Gateways that watch the load now."""
+        return self.totals["watches"] - self.totals["watches_ended"]
+
     async def until(self, condition: Callable[["FakeEngine"], bool], timeout_s: float = 10.0) -> None:
         """Wait until the ground truth satisfies `condition`; asked again at each change."""
         async with asyncio.timeout(timeout_s):
@@ -158,19 +163,23 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         await context.send_initial_metadata(())
         self.totals["watches"] += 1
         self.changed()
-        while True:
-            load = engine_pb2.EngineLoad()
-            load.CopyFrom(self.load)
-            load.running_sequences += len(self.running)
-            load.resident_adapters.extend(digest for _, digest in self.adapters)
-            load.prefill_tokens_per_second /= self.faults.slow
-            load.decode_tokens_per_second /= self.faults.slow
-            yield load
-            if self.faults.end_watch is not None:
-                await context.abort(self.faults.end_watch, "")
-            await asyncio.sleep(0.02)  # a real engine reports no more often than it steps
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._load_changed(), 0.1 if self.running else 0.5)
+        try:
+            while True:
+                load = engine_pb2.EngineLoad()
+                load.CopyFrom(self.load)
+                load.running_sequences += len(self.running)
+                load.resident_adapters.extend(digest for _, digest in self.adapters)
+                load.prefill_tokens_per_second /= self.faults.slow
+                load.decode_tokens_per_second /= self.faults.slow
+                yield load
+                if self.faults.end_watch is not None:
+                    await context.abort(self.faults.end_watch, "")
+                await asyncio.sleep(0.02)  # a real engine reports no more often than it steps
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._load_changed(), 0.1 if self.running else 0.5)
+        finally:
+            self.totals["watches_ended"] += 1
+            self.changed()
 
     async def _load_changed(self) -> None:
         before = (self.load.SerializeToString(), bool(self.running), *self.adapters)

@@ -45,12 +45,28 @@ def test_F33_while_two_digests_share_a_name_the_commoner_answers() -> None:
     assert known.replicas("d9") == {"b", "c"}
 
 
-def test_a_forgotten_replica_takes_its_model_along() -> None:
+def test_the_last_replica_to_leave_takes_its_model_along_once_it_is_installed_no_more() -> None:
     known = catalog(a=GEMMA)
     known.forget("a")
     known.forget("a")
+    assert known.resolve("models/gemma") is GEMMA and not known.empty, "it may be asleep"
+    assert known.replicas(GEMMA.digest) == frozenset()
+    known.keep_asleep(["models/other"])
     with pytest.raises(ResourceNotFound):
         known.resolve("models/gemma")
+
+
+def test_a_replica_that_wakes_describes_its_model_anew() -> None:
+    known = catalog(a=GEMMA)
+    known.forget("a")
+    known.serves("b", replace(GEMMA, digest="0f" * 32))
+    assert known.resolve("models/gemma").digest == "0f" * 32 and known.base("models/gemma", GEMMA.digest) is None
+
+
+def test_the_last_replica_of_old_weights_leaves_nothing_while_the_name_is_served() -> None:
+    known = catalog(a=GEMMA, b=replace(GEMMA, digest="0f" * 32))
+    known.forget("a")
+    assert known.resolve("models/gemma").digest == "0f" * 32 and known.base("models/gemma", GEMMA.digest) is None
 
 
 def test_a_missing_capability_is_named() -> None:
