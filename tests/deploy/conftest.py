@@ -100,27 +100,27 @@ def _existing() -> Path | None:
     return Path(os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config")
 
 
+def _lent(tier: int, toolbox: Toolbox) -> Reach | None:
+    """The lent cluster, unless it is one of the harness's own of another tier."""
+    config = _existing()
+    reach = Reach(config, toolbox, existing=True) if config else None
+    return reach if reach and reach.tier in (None, tier) else None
+
+
 @contextmanager
 def _started(tier: int, toolbox: Toolbox) -> Iterator[Reach]:
     """A cluster of this session's own; a second process takes it down, so that a killed session leaves nothing either."""
-    folder = Path(tempfile.mkdtemp(prefix=f"argosy-tier{tier}-"))
-    command = [sys.executable, "-m", "tools.cluster"]
-    reaper = subprocess.Popen(
-        [*command, "down", "--folder", folder, "--when-stdin-closes"], stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True
-    )
-    with reaper:
-        done = subprocess.run(
-            [*command, "up", f"--tier={tier}", "--folder", folder],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            check=False,
-        )
+    above = Path(tempfile.mkdtemp(prefix=f"argosy-tier{tier}-"))
+    above.chmod(0o711)  # the database's account passes through
+    command, folder = [sys.executable, "-m", "tools.cluster"], above / "cluster"
+    closes = [*command, "down", "--folder", folder, "--when-stdin-closes"]
+    with subprocess.Popen(closes, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True):
+        up = [*command, "up", f"--tier={tier}", "--folder", folder]
+        done = subprocess.run(up, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
         if done.returncode:
             pytest.fail(f"tier {tier} did not come up: {done.stderr}", pytrace=False)
-        yield Reach(folder / "kubeconfig", toolbox, existing=False, folder=folder)
-    shutil.rmtree(folder, ignore_errors=True)
+        yield Reach(folder / "kubeconfig", toolbox, existing=False)
+    shutil.rmtree(above, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -132,8 +132,18 @@ def toolbox() -> Toolbox:
 @pytest.fixture(scope="session")
 def control_plane(toolbox: Toolbox) -> Iterator[Reach]:
     """Tier 1: a real control plane with fake nodes, or the cluster that was lent."""
-    if config := _existing():
-        yield Reach(config, toolbox, existing=True)
+    if reach := _lent(1, toolbox):
+        yield reach
         return
     with _started(1, toolbox) as reach:
+        yield reach
+
+
+@pytest.fixture(scope="session")
+def node(toolbox: Toolbox) -> Iterator[Reach]:
+    """Tier 2: one real node with two fake GPUs, a PostgreSQL and a folder that pods share; it has only the images that a test loads."""
+    if (reach := _lent(2, toolbox)) and reach.tier == 2:
+        yield reach
+        return
+    with _started(2, toolbox) as reach:
         yield reach

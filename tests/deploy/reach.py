@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from tools.cluster.cluster import CLAIM, Cluster, Facts
+from tools.cluster.images import built
 from tools.cluster.toolbox import Toolbox
 
 COMMAND_SECONDS = 120
@@ -23,8 +25,37 @@ class Reach:
 
     kubeconfig: Path
     toolbox: Toolbox
-    existing: bool  # somebody's own: tests that end its components must not run
-    folder: Path | None = None  # of a cluster that we started
+    existing: bool  # lent by somebody: tests that end its components must not run
+
+    @property
+    def cluster(self) -> Cluster | None:
+        """The harness's own view of it; None for a cluster that is not the harness's."""
+        return Cluster(self.kubeconfig.parent) if (self.kubeconfig.parent / "cluster.json").exists() else None
+
+    @property
+    def facts(self) -> Facts:
+        """Its addresses, its database and its shared folder, where the harness made it."""
+        facts = self.cluster.facts if self.cluster else None
+        assert facts, "only a cluster of the harness's has facts"
+        return facts
+
+    @property
+    def tier(self) -> int | None:
+        """What it is; None for a cluster that is not the harness's."""
+        return self.facts.tier if self.cluster else None
+
+    def load(self, *names: str) -> list[str]:
+        """Give the real node our images by their names (gateway, finetune, inference, trainer, weights): their references."""
+        assert self.cluster
+        archives = built(list(names))
+        self.cluster.node(self.toolbox).import_images(list(archives.values()))
+        return list(archives)
+
+    def claim(self, namespace: str) -> str:
+        """A claim in the namespace on the folder `facts.store`, which all pods share: its name."""
+        assert self.cluster
+        self.cluster.claim(namespace)
+        return CLAIM
 
     def kubectl(self, *arguments: str, manifest: str | None = None, seconds: float = COMMAND_SECONDS) -> str:
         """Run kubectl; `manifest` is its standard input."""

@@ -1,4 +1,4 @@
-"""Bring a cluster up, say how it is, take it down: `python -m tools.cluster up|down|status|tools`."""
+"""Bring a cluster up, say how it is, take it down: `python -m tools.cluster up|down|status|load|claim|tools`."""
 
 import argparse
 import sys
@@ -20,7 +20,11 @@ def main() -> int:
     down = commands.add_parser("down", help="end it and leave nothing")
     down.add_argument("--when-stdin-closes", action="store_true", help="first wait for that: for who may be killed before the end")
     status = commands.add_parser("status", help="what runs")
-    for command in (up, down, status):
+    load = commands.add_parser("load", help="give the real node images from archives, since it has no registry")
+    load.add_argument("archives", type=Path, nargs="+")
+    claim = commands.add_parser("claim", help="make a claim `argosy-store` in a namespace, on the folder that all pods may share")
+    claim.add_argument("namespace")
+    for command in (up, down, status, load, claim):
         command.add_argument("--name", default=DEFAULT_NAME, help="several clusters may live side by side under different names")
         command.add_argument("--folder", type=Path, help="keep it here instead of in the cache, under its name")
     commands.add_parser("tools", help="fetch or build every program of tier 1 and print where they are")
@@ -38,6 +42,10 @@ def main() -> int:
             if arguments.when_stdin_closes:
                 sys.stdin.buffer.read()
             cluster.down()
+        elif arguments.command == "load":
+            cluster.node(toolbox).import_images([archive.absolute() for archive in arguments.archives])
+        elif arguments.command == "claim":
+            cluster.claim(arguments.namespace)
         elif not cluster.alive():
             print("down" if cluster.facts is None else "broken: " + ", ".join(p.name for p in cluster.processes.all() if not p.alive))
             return 1

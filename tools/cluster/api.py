@@ -1,6 +1,7 @@
 """As much of a Kubernetes client as the harness needs: JSON over one kept connection a thread, and watches. Nothing to install."""
 
 import base64
+import contextlib
 import http.client
 import json
 import ssl
@@ -26,9 +27,14 @@ class ApiFailed(RuntimeError):
 
 
 class Api:
-    """Calls with the rights of one kubeconfig that we wrote ourselves."""
+    """Calls with the rights of one kubeconfig that we wrote ourselves.
 
-    def __init__(self, kubeconfig: Path) -> None:
+    Args:
+        keep: one connection a thread stays open between calls, until the process ends.
+    """
+
+    def __init__(self, kubeconfig: Path, keep: bool = False) -> None:
+        self._keep = keep
         config = json.loads(kubeconfig.read_text())
         cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
         server = urlsplit(cluster["server"])
@@ -95,22 +101,28 @@ class Api:
 
     def _call(self, method: str, path: str, body: Body | None, content: str) -> str:
         payload = None if body is None else json.dumps(body)
-        for fresh in (False, True):
-            connection: http.client.HTTPSConnection | None = None if fresh else getattr(self._kept, "connection", None)
-            kept = connection is not None
-            connection = connection or self._connect(TIMEOUT_SECONDS)
-            self._kept.connection = connection
-            try:
-                connection.request(method, path, payload, {"Content-Type": content} if content else {})
-                response = connection.getresponse()
-                text = response.read().decode(errors="replace")
-                break
-            except (OSError, http.client.HTTPException):
-                connection.close()
-                self._kept.connection = None
-                # A kept connection may have been closed by the server meanwhile, which is no failure; a fresh one's is.
-                if not kept:
-                    raise
+        headers = {"Content-Type": content} if content else {}
+        kept: http.client.HTTPSConnection | None = getattr(self._kept, "connection", None)
+        if kept:
+            # The server may have closed it meanwhile, which is no failure: a fresh one's word counts.
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return self._spoken(kept, method, path, payload, headers)
+            kept.close()
+            self._kept.connection = None
+        fresh = self._connect(TIMEOUT_SECONDS)
+        try:
+            said = self._spoken(fresh, method, path, payload, headers)
+            if self._keep:
+                self._kept.connection = fresh
+            return said
+        finally:
+            if not self._keep:
+                fresh.close()
+
+    def _spoken(self, connection: http.client.HTTPSConnection, method: str, path: str, payload: str | None, headers: dict[str, str]) -> str:
+        connection.request(method, path, payload, headers)
+        response = connection.getresponse()
+        text = response.read().decode(errors="replace")
         if response.status >= 300:
             raise ApiFailed(response.status, text)
         return text

@@ -1,6 +1,7 @@
 """The control plane as plain processes: etcd, the API server, the controllers and the scheduler."""
 
 import contextlib
+import ipaddress
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,7 @@ from tools.cluster.certificates import Authority
 from tools.cluster.processes import Process, Processes
 
 READY_SECONDS = 90.0  # three to five on two quiet cores
-SERVICE_RANGE = "10.96.0.0/16"
-FIRST_SERVICE = "10.96.0.1"
+SERVICES = "10.96.0.0/16"
 # A node is lost after 16 s without a lease instead of 40 s, so that a test of it is short; fake nodes renew every 2 s.
 NODE_GRACE_SECONDS = 16
 SERVICE_NAMES = ("kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local", "localhost")
@@ -50,7 +50,7 @@ def start(
     address: str,
     ports: Ports,
     inside: Callable[[Sequence[str | Path]], list[str | Path]] | None = None,
-    pod_range: str = "10.244.0.0/16",
+    services: str = SERVICES,
 ) -> ControlPlane:
     """Start everything and return when the API server is ready and the controllers run.
 
@@ -58,6 +58,7 @@ def start(
         folder: of the cluster, fresh.
         programs: the folder of `Toolbox.control_plane`.
         address: where all of it listens; loopback unless there is a real node.
+        services: the range of addresses that Services get.
         inside: what makes a command run where `address` is; None for right here.
 
     Raises:
@@ -65,7 +66,8 @@ def start(
     """
     authority = Authority(folder / "pki", "argosy-test-ca")
     server = f"https://{address}:{ports.api}"
-    listener = authority.server("kube-apiserver", [*SERVICE_NAMES, FIRST_SERVICE, "127.0.0.1", address])
+    first_service = str(ipaddress.ip_network(services)[1])  # the API server's own
+    listener = authority.server("kube-apiserver", [*SERVICE_NAMES, first_service, "127.0.0.1", address])
     to_kubelet = authority.client("apiserver-kubelet", "kube-apiserver-kubelet-client", "system:masters")
     tokens = authority.signing_key("service-accounts")
     admin = authority.kubeconfig(server, authority.client("admin", "admin", "system:masters"), folder / "kubeconfig")
@@ -90,7 +92,7 @@ def start(
         f"--bind-address={address}",
         f"--advertise-address={address}",
         f"--secure-port={ports.api}",
-        f"--service-cluster-ip-range={SERVICE_RANGE}",
+        f"--service-cluster-ip-range={services}",
         f"--tls-cert-file={listener.certificate}",
         f"--tls-private-key-file={listener.key}",
         f"--client-ca-file={authority.certificate}",
@@ -117,7 +119,6 @@ def start(
         f"--service-account-private-key-file={tokens.key}",
         f"--root-ca-file={authority.certificate}",
         "--leader-elect=false",
-        f"--cluster-cidr={pod_range}",
         "--allocate-node-cidrs=false",
         f"--node-monitor-grace-period={NODE_GRACE_SECONDS}s",
         "--node-monitor-period=2s",

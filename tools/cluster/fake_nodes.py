@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("kubeconfig", type=Path)
     parser.add_argument("--bare", action="store_true", help="make no nodes")
     arguments = parser.parse_args()
-    api = Api(arguments.kubeconfig)
+    api = Api(arguments.kubeconfig, keep=True)
     for name in () if arguments.bare else POOLS:
         try:
             api.create("/api/v1/nodes", node(name))

@@ -109,11 +109,19 @@ class Processes:
         """Wait until `ready()`.
 
         Raises:
-            ClusterFailed: the process died, or time ran out.
+            ClusterFailed: time ran out, or this process or another of the cluster ended.
         """
-        if not wait_until(lambda: not process.alive or ready(), seconds) or not process.alive:
-            state = f"is not ready after {seconds:.0f} s" if process.alive else "ended"
-            raise ClusterFailed(f"{process.name} {state}; the end of {self.log(process.name)}:\n{self.tail(process.name)}")
+        ended: list[Process] = []
+
+        def settled() -> bool:
+            ended[:] = [one for one in self.all() if not one.alive]
+            return bool(ended) or ready()
+
+        came = wait_until(settled, seconds)
+        if ended or not came:
+            culprit = ended[0].name if ended else process.name
+            state = "ended" if ended else f"is not ready after {seconds:.0f} s"
+            raise ClusterFailed(f"{culprit} {state}; the end of {self.log(culprit)}:\n{self.tail(culprit)}")
 
 
 _children_of_ours: list["subprocess.Popen[bytes]"] = []  # kept, or a collected one would warn about the process it leaves running
