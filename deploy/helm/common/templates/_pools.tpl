@@ -32,10 +32,11 @@ aks:
 {{- /* A pool with all that it leaves out. Takes root, pool (its name). JSON. */}}
 {{- define "common.pool" -}}
 {{- $given := get .root.Values.global.nodePools .pool | default dict -}}
-{{- $gpu := merge dict ($given.gpu | default dict) (dict "mode" "device-plugin" "resource" "nvidia.com/gpu" "product" list "perNode" 0) -}}
-{{- if eq $gpu.mode "mig" }}{{ $_ := set $gpu "resource" (printf "nvidia.com/mig-%s" ($gpu.profile | default "")) }}{{ end -}}
-{{- $pool := merge dict (omit $given "gpu") (dict "providerPool" "" "match" dict "taints" list "nodes" 0 "spareGpus" 0 "reservedGpus" 0 "spot" false "zoneSpread" false "runtimeClassName" "" "cacheClass" "") -}}
-{{- set $pool "gpu" $gpu | toJson -}}
+{{- $gpu := dict "mode" "device-plugin" "resource" "nvidia.com/gpu" "product" list "perNode" 0 -}}
+{{- $silent := dict "providerPool" "" "match" dict "taints" list "gpu" $gpu "nodes" 0 "spareGpus" 0 "reservedGpus" 0 "spot" false "zoneSpread" false "runtimeClassName" "" "cacheClass" "" -}}
+{{- $pool := include "common.overlay" (dict "base" $silent "top" $given) | fromJson -}}
+{{- if eq $pool.gpu.mode "mig" }}{{ $_ := set $pool.gpu "resource" (printf "nvidia.com/mig-%s" ($pool.gpu.profile | default "")) }}{{ end -}}
+{{- toJson $pool -}}
 {{- end }}
 
 {{- /* Node selector requirements of one pool. Takes root, pool. A JSON list. */}}
@@ -114,13 +115,13 @@ pods from another's). */}}
 {{- toYaml $resources -}}
 {{- end }}
 
-{{- /* The ResourceClaimTemplate of pods on a DRA pool; empty on any other. Takes root, pools, gpus, name, namespace, labels (YAML). */}}
-{{- define "common.claimTemplate" -}}
+{{- /* What a pod on DRA pools claims, as one device request; empty on any other pool. Takes root, pools, gpus. JSON. */}}
+{{- define "common.claimRequest" -}}
 {{- $root := .root -}}{{- $gpus := int .gpus -}}
 {{- $devices := list -}}
 {{- range .pools -}}
 {{- $gpu := (include "common.pool" (dict "root" $root "pool" .) | fromJson).gpu -}}
-{{- if eq $gpu.mode "dra" -}}
+{{- if and (eq $gpu.mode "dra") (gt $gpus 0) -}}
 {{- $device := dict "name" . "deviceClassName" $gpu.deviceClass "count" $gpus -}}
 {{- with $gpu.selectors -}}
 {{- $selectors := list -}}
@@ -130,18 +131,30 @@ pods from another's). */}}
 {{- $devices = append $devices $device -}}
 {{- end -}}
 {{- end -}}
-{{- if and $devices (gt $gpus 0) -}}
-{{- $request := dict "name" "gpus" "exactly" (omit (first $devices) "name") -}}
-{{- if gt (len $devices) 1 }}{{ $request = dict "name" "gpus" "firstAvailable" $devices }}{{ end -}}
+{{- if gt (len $devices) 1 -}}
+{{- dict "name" "gpus" "firstAvailable" $devices | toJson -}}
+{{- else if $devices -}}
+{{- dict "name" "gpus" "exactly" (omit (first $devices) "name") | toJson -}}
+{{- end -}}
+{{- end }}
+
+{{- /* A claim template can never be changed, so what it asks for is part of its name. Takes prefix, root, pools, gpus. */}}
+{{- define "common.claimName" -}}
+{{ .prefix }}-{{ include "common.claimRequest" . | sha256sum | trunc 8 }}
+{{- end }}
+
+{{- /* The ResourceClaimTemplate of pods on DRA pools; empty on any other. Takes root, pools, gpus, name, namespace, labels (YAML). */}}
+{{- define "common.claimTemplate" -}}
+{{- with include "common.claimRequest" . -}}
 apiVersion: resource.k8s.io/v1
 kind: ResourceClaimTemplate
 metadata:
-  name: {{ .name }}
-  namespace: {{ .namespace }}
-  labels: {{- .labels | nindent 4 }}
+  name: {{ $.name }}
+  namespace: {{ $.namespace }}
+  labels: {{- $.labels | nindent 4 }}
 spec:
   spec:
     devices:
-      requests: {{- toYaml (list $request) | nindent 6 }}
+      requests: {{- list (fromJson .) | toYaml | nindent 6 }}
 {{- end -}}
 {{- end }}

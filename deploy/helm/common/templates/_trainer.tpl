@@ -28,7 +28,9 @@ spec:
   {{- with .priorityClassName }}
   priorityClassName: {{ . }}
   {{- end }}
-  {{- include "common.scheduling" (dict "root" .root "pools" (list .pool) "claim" (include "common.trainerClaim" .)) | nindent 2 }}
+  {{- with include "common.scheduling" (dict "root" .root "pools" (list .pool) "claim" (include "common.trainerClaim" .)) }}
+  {{- . | nindent 2 }}
+  {{- end }}
   containers:
   - name: trainer
     image: {{ include "common.image" (dict "root" .root "name" "trainer" "image" .image) }}
@@ -48,7 +50,9 @@ spec:
     {{- range $name, $base := .bases }}
     {{- include "common.weightsMount" (dict "name" (include "common.baseVolumeName" $name) "mountPath" (printf "/base/%s" $name) "weights" $base.weights) | nindent 4 }}
     {{- end }}
-    {{- include "common.storeMount" (dict "root" .root) | nindent 4 }}
+    {{- with include "common.storeMount" (dict "root" .root) | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
   volumes:
   - name: tmp
     emptyDir: {}
@@ -57,7 +61,9 @@ spec:
   {{- range $name, $base := .bases }}
   {{- include "common.weightsVolume" (dict "root" $root "name" (include "common.baseVolumeName" $name) "weights" $base.weights) | nindent 2 }}
   {{- end }}
-  {{- include "common.storeVolume" (dict "root" .root) | nindent 2 }}
+  {{- with include "common.storeVolume" (dict "root" .root) | trim }}
+  {{- . | nindent 2 }}
+  {{- end }}
 {{- end }}
 
 {{- /* base-<name> as a volume may be called. */}}
@@ -66,7 +72,7 @@ spec:
 {{- ternary $name (printf "%s-%s" (trunc 54 $name | trimSuffix "-") (sha256sum . | trunc 8)) (and (eq $name (printf "base-%s" .)) (le (len $name) 63)) -}}
 {{- end }}
 
-{{- /* The ResourceClaimTemplate that training pods of a DRA pool name, in their own namespace. Takes pool, gpus. */}}
+{{- /* The ResourceClaimTemplate that training pods of a DRA pool name, in their own namespace. Takes root, pool, gpus. */}}
 {{- define "common.trainerClaim" -}}
-argosy-trainer-{{ .pool }}-{{ int .gpus }}
+{{ include "common.claimName" (dict "prefix" (printf "argosy-trainer-%s" .pool) "root" .root "pools" (list .pool) "gpus" .gpus) }}
 {{- end }}

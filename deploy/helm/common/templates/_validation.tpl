@@ -80,6 +80,19 @@ global.store.url is {{ $global.store.url | quote }}, but the claim {{ $global.st
 {{- end }}
 {{- end }}
 
+{{- /* top over base, map by map; null says nothing, while 0, false and "" do (merge and mergeOverwrite take those for unset). JSON. */}}
+{{- define "common.overlay" -}}
+{{- $both := deepCopy .base -}}
+{{- range $key, $value := .top -}}
+{{- if and (kindIs "map" $value) (kindIs "map" (get $both $key)) -}}
+{{- $_ := set $both $key (include "common.overlay" (dict "base" (get $both $key) "top" $value) | fromJson) -}}
+{{- else if not (kindIs "invalid" $value) -}}
+{{- $_ := set $both $key $value -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $both -}}
+{{- end }}
+
 {{- /* A quantity of memory in MiB, rounded down; -1 for what is not one. */}}
 {{- define "common.mebibytes" -}}
 {{- $text := toString . -}}
