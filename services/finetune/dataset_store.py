@@ -12,10 +12,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from services.chassis.errors import ResourceNotFound, WrongState
 from services.chassis.lists import Condition
 from services.finetune.datasets import TrainingVersion
+from services.finetune.jobs import LIVE, State
 from services.finetune.queries import Record, one, page, where
 from services.finetune.rows import Layout, RowError
 from services.finetune.schema.datasets import dataset_versions, datasets, deletions, row_errors
+from services.finetune.schema.jobs import jobs
+from services.finetune.schema.models import model_evaluations
 
+READING = tuple(state.value for state in LIVE - {State.PAUSED})  # of jobs whose rows must stay
 LEASE = timedelta(seconds=30)  # a validation not heard from for longer is taken over
 
 NOW = func.clock_timestamp()  # the database's, in every transition
@@ -324,7 +328,7 @@ async def add_deletion(
 
 
 async def running_deletions(connection: AsyncConnection, limit: int) -> list[Record]:
-    """Erasures that are not done, oldest first; not those of a version that a validator may still be writing."""
+    """Erasures that are not done, oldest first; not those of what may still be written: by a validator, an attempt, or a job's end."""
     d, v = deletions.c, dataset_versions.c
     below = func.unnest(d.prefixes).column_valued("prefix")
     path = func.concat("datasets/", v.project_uid, "/", v.dataset_uid, "/", v.uid)
@@ -334,21 +338,51 @@ async def running_deletions(connection: AsyncConnection, limit: int) -> list[Rec
         .where(select(below).where(func.starts_with(path, below)).exists())
         .exists()
     )
-    statement = select(deletions).where(d.state == "RUNNING", ~written).order_by(d.create_time).limit(limit)
+    j = jobs.c
+    alive = j.delete_time.is_not(None) & j.reaped.is_(False)  # erased, and its attempt not yet seen gone
+    ending = j.ending_time > NOW
+    below_job = select(below).where(func.starts_with(func.concat("jobs/", j.project_uid, "/", j.uid), below)).exists()
+    trained = select(j.uid).where(
+        j.project_uid == d.project_uid, or_(and_(or_(alive, ending), below_job), and_(ending, j.model == d.target))
+    )
+    statement = select(deletions).where(d.state == "RUNNING", ~written, ~trained.exists()).order_by(d.create_time).limit(limit)
     return list((await connection.execute(statement)).mappings())
 
 
+async def late_deletions(connection: AsyncConnection, older: timedelta) -> int:
+    """Erasures that were asked for longer ago and are not done."""
+    d = deletions.c
+    return int((await connection.execute(select(func.count()).where(d.state == "RUNNING", d.create_time < NOW - older))).scalar_one())
+
+
 async def expired_versions(connection: AsyncConnection, limit: int) -> list[Record]:
-    """Versions whose retention is over, locked, with the names above them."""
+    """Versions whose retention is over and whose rows nobody reads, locked, with the names above them.
+
+    What begins to read them while they are being found is seen by whoever looks again under the lock (`held`).
+    """
     v, d = dataset_versions.c, datasets.c
     statement = (
         select(dataset_versions, d.project, d.name.label("dataset_name"))
         .join(datasets, and_(d.project_uid == v.project_uid, d.uid == v.dataset_uid))
-        .where(v.expire_time <= NOW, v.state != "DELETED")
+        .where(v.expire_time <= NOW, v.state != "DELETED", ~_read(v.project_uid, v.uid))
         .limit(limit)
         .with_for_update(skip_locked=True, of=dataset_versions)
     )
     return list((await connection.execute(statement)).mappings())
+
+
+async def held(connection: AsyncConnection, project_uid: str, uid: str) -> bool:
+    """Whether a job or an evaluation that is not at rest reads the rows of a version."""
+    return bool((await connection.execute(select(_read(project_uid, uid)))).scalar_one())
+
+
+def _read(project_uid: Any, uid: Any) -> Any:
+    """Paused jobs do not hold rows: they go with them."""
+    j, e = jobs.c, model_evaluations.c
+    runs = or_(and_(j.delete_time.is_(None), j.state.in_(READING)), j.reaped.is_(False))
+    trained = select(j.uid).where(j.project_uid == project_uid, or_(j.train_uid == uid, j.validation_uid == uid), runs)
+    measured = select(e.uid).where(e.project_uid == project_uid, e.dataset_version_uid == uid, e.state.in_(("QUEUED", "RUNNING")))
+    return or_(trained.exists(), measured.exists())
 
 
 async def end_deletion(connection: AsyncConnection, project_uid: str, uid: str, certificate: str) -> None:

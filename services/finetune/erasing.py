@@ -8,20 +8,22 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from services.chassis import signing
 from services.chassis.errors import StoreUnavailable
 from services.chassis.objects import Objects
-from services.finetune import dataset_store, replays, upload_store
+from services.finetune import dataset_store, replays, sql_charges, upload_store
+from services.finetune.job_erasure import cancel_paused
 from services.finetune.queries import Record
 from services.finetune.settings import DatasetSettings
 from services.finetune.store import FineTuneStore
 
 log = logging.getLogger(__name__)
 
+LATE = timedelta(seconds=60)  # what is erased is gone within that, unless something cannot be stopped
 AT_ONCE = 100  # of each kind, in one look
 REPLAY_SWEEP_SECONDS = 60.0
 
@@ -61,6 +63,9 @@ class Eraser:
         async with self.store.transaction() as connection:
             await upload_store.expire_uploads(connection)
             for row in await dataset_store.expired_versions(connection, AT_ONCE):
+                if await dataset_store.held(connection, row["project_uid"], row["uid"]):
+                    continue  # since a moment ago
+                await cancel_paused(connection, row["project_uid"], row["uid"])
                 name = f"projects/{row['project']}/datasets/{row['dataset_name']}/versions/{row['number']}"
                 prefix = f"datasets/{row['project_uid']}/{row['dataset_uid']}/{row['uid']}"
                 await dataset_store.bury_version(connection, row["project_uid"], row["uid"])
@@ -68,6 +73,10 @@ class Eraser:
             if time.monotonic() - self._swept > REPLAY_SWEEP_SECONDS:
                 self._swept = time.monotonic()
                 await replays.sweep(connection)
+                await sql_charges.fold(connection)
+                late = await dataset_store.late_deletions(connection, LATE)
+                if late:
+                    log.warning("%d erasures wait for what may still write to end", late)
         async with self.store.transaction() as connection:
             full = await upload_store.full_uploads(connection, AT_ONCE)
             running = await dataset_store.running_deletions(connection, AT_ONCE)

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.finetune import sql_jobs
+from services.finetune import lineage, sql_jobs, sql_models
 from services.finetune.datasets import Erased
 from services.finetune.jobs import TERMINAL, State
 from services.finetune.queries import Record
 from services.finetune.reconciler import wanted
 
-__all__ = ["JobDependants"]
+__all__ = ["JobDependants", "cancel_paused"]
 
 
 class JobDependants:
@@ -21,14 +21,13 @@ class JobDependants:
         return bool(await sql_jobs.reading(connection, project_uid, version_uids))
 
     async def erase(self, connection: AsyncConnection, project_uid: str, project: str, version_uids: Sequence[str]) -> Erased:
-        """Cancel and erase them all: their checkpoints hold what was learnt from the rows."""
+        """End and erase them all: their checkpoints hold what was learnt from the rows."""
         names, prefixes, digests = [], [], {}
         for row in await sql_jobs.reading(connection, project_uid, version_uids):
             name = f"projects/{project}/fineTuneJobs/{row['uid']}"
-            await _cancel(connection, row)
             await sql_jobs.erase(connection, row)
             names.append(name)
-            prefixes.append(f"jobs/{project_uid}/{row['uid']}")
+            prefixes += [f"jobs/{project_uid}/{row['uid']}", *await _unfinished(connection, row)]
             digests[name] = row["spec_digest"]
         return Erased(tuple(names), tuple(prefixes), digests)
 
@@ -40,6 +39,22 @@ class JobDependants:
         """Cancel them all."""
         for row in await sql_jobs.publishing(connection, project_uid, model):
             await _cancel(connection, row)
+
+
+async def cancel_paused(connection: AsyncConnection, project_uid: str, version_uid: str) -> None:
+    """Rows whose time is over take the paused jobs with them that would have gone on with them."""
+    for row in await sql_jobs.reading(connection, project_uid, [version_uid]):
+        if State(row["state"]) is State.PAUSED:
+            await wanted(connection, row, State.CANCELLING, "ERASED")
+
+
+async def _unfinished(connection: AsyncConnection, row: Record) -> list[str]:
+    """Where the result is put that a job was about to publish."""
+    version = await sql_models.version_of_job(connection, row["project_uid"], row["uid"])
+    if version is None or version["state"] != "CHECKING":
+        return []
+    await sql_models.change_version(connection, version, state="REJECTED", delete_time=sql_jobs.NOW)
+    return [lineage.place(row["project_uid"], version["adapter_digest"])] if version["adapter_digest"] else []
 
 
 async def _cancel(connection: AsyncConnection, row: Record) -> None:

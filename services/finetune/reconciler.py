@@ -141,7 +141,8 @@ class Reconciler:
             case Do.ENSURE:
                 await self._ensure(row)
             case Do.STOP:
-                grace = 0.0 if job.state is State.CANCELLING else self.settings.stop_seconds
+                at_once = job.state is State.CANCELLING or row["delete_time"] is not None
+                grace = 0.0 if at_once else self.settings.stop_seconds
                 await self.launcher.stop(job.name, max(grace, 1.0))
             case Do.REAP:
                 await self.launcher.reap(job.name)

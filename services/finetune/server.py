@@ -56,6 +56,7 @@ from services.pretrained import weights
 AUDIENCE = "argosy.finetune"  # what the gateway signs callers for
 UNARY_SECONDS = 60.0  # deadline cap of what is no stream
 STREAM_SECONDS = 3_600.0  # of uploads, reads and watches: a watch that ends resumes at its cursor
+LONG = ("FinalizeUpload", "CommitCheckpoint", "CompleteRun")  # verify stored bytes, however many there are
 STREAMS = (
     "WriteUpload",
     "ReadDatasetVersion",
@@ -194,6 +195,7 @@ async def finetune(
         tuning = FineTuneServicer(desk, objects, job_feed, settings.quotas, bases, changed, eraser.wake, device)
         attempts = TrainingServicer(store, objects, settings.jobs, mint, signer, bases, changed, device)
         owed = await stack.enter_async_context(following(store, sql_charges.CHANNEL))
+        stack.push_async_callback(attempts.close)
         registered = RegistryServicer(store, feed, on_servable, owed, pause)
         services: list[tuple[str, Callable[[Any], object]]] = [  # full name, and how it is added to the server
             (dataset.SERVICE, _adding(dataset_pb2_grpc.add_DatasetServiceServicer_to_server, datasets)),
@@ -207,7 +209,7 @@ async def finetune(
         policy = Policy(
             authenticate=lambda incoming, context: (training.bearer if incoming.method.startswith(TRAINING) else behind)(incoming, context),
             permit=permit,
-            deadline_cap_s=lambda method: STREAM_SECONDS if method.rsplit("/", 1)[-1] in STREAMS else UNARY_SECONDS,
+            deadline_cap_s=lambda method: STREAM_SECONDS if method.rsplit("/", 1)[-1] in (*STREAMS, *LONG) else UNARY_SECONDS,
         )
         serving = await stack.enter_async_context(
             serve(

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import and_, delete, func, insert, or_, select, text, update
+from sqlalchemy import and_, case, delete, func, insert, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -166,14 +166,16 @@ async def events_after(connection: AsyncConnection, uid: str, after: int, limit:
 
 
 async def claim(connection: AsyncConnection, owner: str, lease_s: float, limit: int) -> list[Record]:
-    """Due jobs that are ours or nobody's, now ours; a takeover raises the epoch. Others' are left to them while their lease lives."""
+    """Due jobs that are ours or nobody's, now ours; a takeover raises the epoch. Others' are left to them while their lease lives.
+
+    Erased ones are among them until nothing of their attempt is left.
+    """
     lease = timedelta(seconds=lease_s)
     due = (
         select(_j.uid)
         .where(
-            _j.delete_time.is_(None),
             _j.due_time <= NOW,
-            or_(_j.state.in_(_live), _j.reaped.is_(False)),
+            or_(and_(_j.delete_time.is_(None), _j.state.in_(_live)), _j.reaped.is_(False)),
             or_(_j.owner == owner, _j.owner_time.is_(None), _j.owner_time < NOW - lease),
         )
         .order_by(_j.due_time)  # in turn: what waits at the front hides nothing; who goes first is decided among those found
@@ -192,7 +194,7 @@ async def claim(connection: AsyncConnection, owner: str, lease_s: float, limit: 
 
 async def owned(connection: AsyncConnection, row: Record) -> Record:
     """The row again, locked, if it is still ours and as it was. Raises Moved otherwise."""
-    found = await any_job(connection, row["uid"], lock=True)
+    found = await one(connection, select(jobs).where(_j.uid == row["uid"]).with_for_update())
     if found is None or found["owner_epoch"] != row["owner_epoch"] or found["state"] != row["state"] or found["attempt"] != row["attempt"]:
         raise Moved
     return found
@@ -207,14 +209,14 @@ async def later(connection: AsyncConnection, row: Record, seconds: float) -> Non
 async def working(connection: AsyncConnection) -> tuple[int, dict[str, int]]:
     """Attempts under way or still to clear away: in all, and by project."""
     busy = or_(_j.state.in_(["PREPARING", "RUNNING", "PAUSING", "CANCELLING"]), _j.reaped.is_(False))
-    statement = select(_j.project_uid, func.count()).where(_j.delete_time.is_(None), busy).group_by(_j.project_uid)
+    statement = select(_j.project_uid, func.count()).where(busy).group_by(_j.project_uid)
     counts = {project: count for project, count in (await connection.execute(statement)).all()}
     return sum(counts.values()), counts
 
 
 async def live_names(connection: AsyncConnection) -> dict[str, int]:
     """Job uid → its attempt, of all jobs whose attempt may be there: everything else that a launcher holds is an orphan."""
-    statement = select(_j.uid, _j.attempt).where(_j.delete_time.is_(None), or_(_j.state.in_(_live), _j.reaped.is_(False)))
+    statement = select(_j.uid, _j.attempt).where(or_(and_(_j.delete_time.is_(None), _j.state.in_(_live)), _j.reaped.is_(False)))
     return {uid: attempt for uid, attempt in (await connection.execute(statement)).all()}
 
 
@@ -293,6 +295,20 @@ async def drop_checkpoints(connection: AsyncConnection, uid: str, steps: Sequenc
     await connection.execute(delete(checkpoints).where(c.job_uid == uid, *([] if steps is None else [c.step.in_(steps)])))
 
 
+async def hold(connection: AsyncConnection, uid: str, fence: int, lease_s: float) -> None:
+    """A process of ours works on a job's end: the attempt's lease lives on with it, and an erasure waits for it, of the job too."""
+    until = NOW + timedelta(seconds=lease_s)
+    ours = and_(_j.fence == fence, _j.lease_time.is_not(None))
+    await connection.execute(
+        update(jobs).where(_j.uid == uid).values(ending_time=until, lease_time=case((ours, until), else_=_j.lease_time))
+    )
+
+
+async def let_go(connection: AsyncConnection, uid: str) -> None:
+    """It works on it no more."""
+    await connection.execute(update(jobs).where(_j.uid == uid).values(ending_time=None))
+
+
 # --- dependants -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -310,8 +326,20 @@ async def publishing(connection: AsyncConnection, project_uid: str, model: str) 
 
 
 async def erase(connection: AsyncConnection, row: Record) -> None:
-    """Empty a job's rows but its own, which stays as a tombstone."""
+    """Fence a locked job off and empty its rows; its own stays as a tombstone, which the reconciler owns until its attempt is gone.
+
+    Whatever its state, it ends here: nothing of a living attempt is taken from now on, and what it owes is told.
+    """
     await drop_checkpoints(connection, row["uid"])
     await connection.execute(delete(job_events).where(job_events.c.job_uid == row["uid"]))
-    empty = {"display_name": "", "labels": {}, "spec": b"", "resolved_spec": b"", "quote": b"", "salt": b"", "delete_time": NOW}
-    await connection.execute(update(jobs).where(_j.uid == row["uid"]).values(**empty))
+    values: dict[str, Any] = {
+        "display_name": "", "labels": {}, "spec": b"", "resolved_spec": b"", "quote": b"", "salt": b"", "nonce": "",
+        "fence": _j.fence + 1, "lease_time": None, "expire_time": None, "due_time": NOW, "delete_time": NOW,
+    }  # fmt: skip
+    if State(row["state"]) not in TERMINAL:
+        values |= {"state": State.CANCELLED.value, "reason": "ERASED", "end_time": NOW}
+    erased = await _row(connection, update(jobs).where(_j.uid == row["uid"]).values(**values).returning(jobs))
+    owed = sql_charges.due(row, erased)
+    if owed is not None:
+        await _charged(connection, erased, owed)
+    await connection.execute(text("SELECT pg_notify(:channel, :uid)"), {"channel": CHANNEL, "uid": row["uid"]})

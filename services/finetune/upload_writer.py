@@ -175,14 +175,14 @@ class UploadWriter:
         raise UnsupportedFormat(breach.rule, breach.line, breach.byte_offset)
 
 
-async def hash_parts(objects: Objects, parts: list[str]) -> str:
-    """SHA-256 in hex of parts in order, read back from the store."""
+async def hash_parts(objects: Objects, parts: list[str]) -> Any:
+    """SHA-256's state behind parts in order, read back from the store."""
 
-    def work() -> str:
+    def work() -> Any:
         found = hashlib.sha256()
         for part in parts:
             for piece in objects.sync.stream(part):
                 found.update(piece)
-        return found.hexdigest()
+        return found
 
     return await objects.run(work)

@@ -48,10 +48,11 @@ class Access:
     idempotency: Idempotency = Idempotency.READ
     stream: bool = False  # the server streams
     client_stream: bool = False
+    long: bool = False  # unary, and reads as many bytes as the caller has stored
 
     def cap_s(self, max_stream_s: float = MAX_STREAM_SECONDS) -> float:
         """The deadline of a call that has none, and the longest one may ask for."""
-        long = self.stream or self.client_stream or self.cost in {Cost.TOKENS, Cost.PASSES}
+        long = self.long or self.stream or self.client_stream or self.cost in {Cost.TOKENS, Cost.PASSES}
         return max_stream_s if long else min(MAX_CALL_SECONDS, max_stream_s)
 
 
@@ -131,7 +132,7 @@ ACCESS: Final[dict[str, Access]] = {
         GetUpload=_data,
         ResumeUpload=_changes_data,
         WriteUpload=Access("datasets.write", Cost.BYTES, Idempotency.OFFSET, client_stream=True),
-        FinalizeUpload=_changes_data,
+        FinalizeUpload=Access("datasets.write", idempotency=Idempotency.REPLAY, long=True),
         DeleteUpload=_changes_data,
         GetDatasetVersion=_data,
         ListDatasetVersions=_data,

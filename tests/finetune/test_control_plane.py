@@ -14,14 +14,15 @@ import grpc
 import pytest
 from google.protobuf import json_format
 from google.rpc import error_details_pb2, status_pb2
+from sqlalchemy import text
 
-from argosy.v1 import dataset_pb2_grpc, finetune_pb2, finetune_pb2_grpc, usage_pb2
+from argosy.v1 import dataset_pb2, dataset_pb2_grpc, finetune_pb2, finetune_pb2_grpc, usage_pb2
 from argosy_internal.registry.v1 import registry_pb2, registry_pb2_grpc
 from argosy_internal.training.v1 import training_pb2 as tp
 from argosy_internal.training.v1 import training_pb2_grpc
 from services.chassis.identity import CallerVerifier
 from services.chassis.status import error_info
-from services.finetune import sql_charges
+from services.finetune import dataset_store, publishing, sql_charges, sql_jobs
 from services.finetune.bases import Bases
 from services.finetune.jobs import Attempt, Seen, Where
 from services.finetune.server import AUDIENCE, Running, finetune
@@ -44,6 +45,7 @@ class Launcher:
     attempts: dict[str, Attempt] = field(default_factory=dict)
     seen: dict[str, Seen] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
+    deaf: bool = False  # attempts do not end when they are told to
 
     async def ensure(self, attempt: Attempt) -> None:
         assert self.attempts.setdefault(attempt.name, attempt) == attempt
@@ -54,9 +56,11 @@ class Launcher:
 
     async def stop(self, name: str, grace_s: float) -> None:
         self.stopped.append(name)
-        self.seen[name] = Seen(Where.EXITED, 143)
+        if not self.deaf:
+            self.seen[name] = Seen(Where.EXITED, 143)
 
     async def reap(self, name: str) -> None:
+        assert self.seen.get(name, Seen(Where.ABSENT)).where is not Where.RUNNING
         self.seen.pop(name, None)
 
     async def list(self) -> frozenset[str]:
@@ -568,3 +572,128 @@ async def test_charges_are_read_behind_a_cursor_and_only_by_gateways(finetune_ur
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await stub.WatchCharges(registry_pb2.WatchChargesRequest(), metadata=there.tenant.metadata(), timeout=20).read()
         assert reason(error.value) == "SCOPE_MISSING"
+
+
+async def test_F28_nothing_is_certified_while_an_erased_jobs_attempt_still_writes(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        job = await there.create()
+        trainer = await there.trainer(job)
+        claim = await trainer.claims()
+        await trainer.says(step=1, target_step=4, device_seconds=7.0)
+        await trainer.keeps(1)
+        there.launcher.deaf = True
+        objects, prefix = there.running.objects, f"jobs/{there.tenant.uid}/{job.uid}"
+        deletion = await there.tenant(
+            "DeleteDataset", dataset_pb2.DeleteDatasetRequest(name=there.version.rpartition("/versions")[0], cascade=True)
+        )
+        assert job.name in deletion.erased
+        # Fenced at once: nothing of it is taken any more, and no other process may claim.
+        for call in (trainer.says(step=2), trainer.keeps(2), trainer.succeeds(4), trainer.claims()):
+            assert await refused(call) == "API_KEY_INVALID"
+        while trainer.attempt.name not in there.launcher.stopped:
+            await asyncio.sleep(0.01)
+        for number in range(5):  # it lives on, and writes past the service
+            await objects.put(f"{claim.prefix}step-{number}/adapter.safetensors", b"what was learnt")
+            found = await there.tenant("GetDeletion", dataset_pb2.GetDeletionRequest(name=deletion.name))
+            assert found.state == found.STATE_RUNNING and not found.certificate
+            await asyncio.sleep(0.05)
+        there.launcher.seen[trainer.attempt.name] = Seen(Where.EXITED, 137)  # at last
+        done = await there.tenant.deleted(deletion)
+        assert done.certificate
+        assert [path async for path, _ in objects.list(prefix)] == []
+        assert trainer.attempt.name not in there.launcher.seen  # and cleared away
+        assert await charged(there, job.uid) == [(1, "CANCELLED", 7_000_000, 7.0)]
+        assert await refused(there.get(job)) == "RESOURCE_NOT_FOUND"
+
+
+async def test_F28_an_erasure_waits_for_a_result_that_is_being_copied(
+    finetune_url: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        job = await there.create()
+        trainer = await there.trainer(job)
+        await trainer.claims()
+        await trainer.says(step=4, target_step=4, device_seconds=1.0)
+        objects, copying, go = there.running.objects, asyncio.Event(), asyncio.Event()
+        copy = objects.copy
+
+        async def slowly(source: str, target: str) -> None:
+            copying.set()
+            await go.wait()
+            await copy(source, target)
+
+        monkeypatch.setattr(objects, "copy", slowly)
+        ending = asyncio.create_task(trainer.succeeds(4))
+        await copying.wait()
+        deletion = await there.tenant(
+            "DeleteDataset", dataset_pb2.DeleteDatasetRequest(name=there.version.rpartition("/versions")[0], cascade=True)
+        )
+        while there.launcher.seen:  # its attempt is gone, and only we still write
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            found = await there.tenant("GetDeletion", dataset_pb2.GetDeletionRequest(name=deletion.name))
+            assert found.state == found.STATE_RUNNING
+            await asyncio.sleep(0.05)
+        go.set()
+        assert await refused(ending) == "API_KEY_INVALID"
+        await there.tenant.deleted(deletion)
+        for prefix in (f"jobs/{there.tenant.uid}", f"models/{there.tenant.uid}", f"adapters/{there.tenant.uid}"):
+            assert [path async for path, _ in objects.list(prefix)] == []
+
+
+async def test_a_result_is_verified_to_its_end_whatever_its_caller_does(
+    finetune_url: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.QUICK", replace(QUICK, lease_seconds=0.6))
+    async with house(finetune_url, base, tmp_path) as there:
+        job = await there.create()
+        trainer = await there.trainer(job)
+        await trainer.claims()
+        await trainer.says(step=4, target_step=4, device_seconds=1.0)
+        verify, verified, go = publishing.verify, 0, asyncio.Event()
+
+        async def slowly(*arguments: Any) -> None:
+            nonlocal verified
+            verified += 1
+            await go.wait()
+            await verify(*arguments)
+
+        monkeypatch.setattr(publishing, "verify", slowly)
+        first = asyncio.create_task(trainer.succeeds(4))
+        while not verified:
+            await asyncio.sleep(0.01)
+        first.cancel()  # its deadline, or a lost connection
+        again = asyncio.create_task(trainer.succeeds(4))
+        await asyncio.sleep(1.5)  # more than two leases without a report
+        assert (await there.get(job)).state == Job.STATE_RUNNING and not there.launcher.stopped
+        go.set()
+        assert (await again).model_version.endswith("/versions/1")
+        assert verified == 1
+        async with there.running.store.transaction() as connection:
+            ended = await sql_jobs.any_job(connection, job.uid)
+        assert ended is not None and ended["ending_time"] is None
+
+
+async def test_retention_leaves_the_rows_to_a_job_that_reads_them(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        job = await there.create()
+        trainer = await there.trainer(job)
+        await trainer.claims()
+        store, name = there.running.store, there.version
+        async with store.transaction() as connection:
+            row = await dataset_store.version_for_training(connection, there.tenant.uid, name)
+            assert await dataset_store.held(connection, there.tenant.uid, row.uid)
+            statement = text("UPDATE dataset_versions SET expire_time = clock_timestamp() WHERE uid = :uid")
+            await connection.execute(statement, {"uid": row.uid})
+            assert [each["uid"] for each in await dataset_store.expired_versions(connection, 100) if each["uid"] == row.uid] == []
+        assert (await trainer.says(step=1, target_step=4)).action == tp.RUN_ACTION_CONTINUE
+        assert (
+            await there.tenant("GetDatasetVersion", dataset_pb2.GetDatasetVersionRequest(name=name))
+        ).state == dataset_pb2.DatasetVersion.STATE_READY
+        await there("PauseFineTuneJob", pb.PauseFineTuneJobRequest(name=job.name))
+        there.launcher.seen[trainer.attempt.name] = Seen(Where.EXITED, 0)
+        found = await there.until(job, lambda found: found.state == Job.STATE_CANCELLED)  # paused, it goes with its rows
+        assert found.state_reason == pb.JOB_REASON_ERASED
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await there.tenant("GetDatasetVersion", dataset_pb2.GetDatasetVersionRequest(name=name))
+        assert reason(error.value) == "RESOURCE_NOT_FOUND"

@@ -9,6 +9,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import grpc
@@ -18,6 +19,7 @@ from sqlalchemy import text
 from argosy.v1 import dataset_pb2 as pb
 from argosy.v1 import dataset_pb2_grpc, error_pb2
 from services.finetune import upload_writer
+from services.finetune.servicers import dataset as dataset_servicer
 from services.finetune.settings import DatasetSettings
 from services.finetune.store import open_store
 from tests.finetune.served import Served, Tenant, datasets_served
@@ -259,6 +261,30 @@ async def test_what_another_process_stored_is_hashed_again(served: Served) -> No
     await tenant.write(upload, BIG[3 * FLUSH :], 3 * FLUSH)
     version = await tenant.validated((await tenant.finalize(upload, BIG)).name)
     assert (version.state, version.sha256) == (version.STATE_READY, hashlib.sha256(BIG).hexdigest())
+
+
+async def test_a_long_hash_outlives_its_callers_deadline_and_is_made_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    tenant = served.tenant()
+    upload = await opened(tenant)
+    await tenant.write(upload, ROWS)
+    served.servicer._hashers = upload_writer.Hashers()  # as after a restart
+    hashed, go = 0, asyncio.Event()
+
+    async def slowly(objects: Any, parts: list[str]) -> Any:
+        nonlocal hashed
+        hashed += 1
+        await go.wait()
+        return await upload_writer.hash_parts(objects, parts)
+
+    monkeypatch.setattr(dataset_servicer, "hash_parts", slowly)
+    asked = pb.FinalizeUploadRequest(name=upload.name, total_bytes=len(ROWS), sha256=hashlib.sha256(ROWS).hexdigest())
+    for _ in range(2):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await tenant.stub.FinalizeUpload(asked, metadata=tenant.metadata(), timeout=0.8)
+        assert refusal(error)[:2] == ("ABORTED", "REQUEST_IN_FLIGHT")
+    go.set()
+    version = await tenant.finalize(upload, ROWS)
+    assert (version.sha256, hashed) == (asked.sha256, 1)
 
 
 async def test_an_upload_given_up_is_erased(served: Served) -> None:

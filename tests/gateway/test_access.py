@@ -36,7 +36,9 @@ def test_row_fits_its_rpc(path: str, method: MethodDescriptor) -> None:
     generates = access.cost in {Cost.TOKENS, Cost.PASSES}
     if generates:
         assert access.idempotency is Idempotency.HANDLE
-    assert access.cap_s() == (300.0 if generates or method.server_streaming or method.client_streaming else 30.0)
+    assert access.long == (method.name == "FinalizeUpload")
+    long = generates or method.server_streaming or method.client_streaming or access.long
+    assert access.cap_s() == (300.0 if long else 30.0)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # bytes so far, bytes in all
 STREAM_TIMEOUT_S = 300.0  # the fleet's cap
+FINALIZE_TIMEOUT_S = 300.0  # the fleet may have to read back all that it has stored
 TURN_S = 60.0  # a call's share of an upload: below the cap, and seldom enough to cost nothing
 FRUITLESS = 6  # tries in a row that stored nothing: then the trouble is raised
 BREAKS = (errors.Unavailable, errors.DeadlineExceeded, errors.Cancelled, errors.UploadOffset, errors.ChecksumMismatch)
@@ -124,7 +125,7 @@ class Datasets:
                 on_error=dataset_pb2.ON_ROW_ERROR_SKIP if skip_bad_rows else dataset_pb2.ON_ROW_ERROR_REJECT,
                 request_id=requests.request_id(),
             )
-            return self._client.call(self._stub.FinalizeUpload, request)
+            return self._client.call(self._stub.FinalizeUpload, request, timeout_s=FINALIZE_TIMEOUT_S)
         finally:
             file.close()
 

@@ -1,9 +1,11 @@
 """DatasetService: datasets, uploads, versions and their erasure."""
 
+import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import google_crc32c
@@ -13,12 +15,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from argosy.v1 import dataset_pb2 as pb
 from argosy.v1 import deletion_pb2
 from services.chassis import bounds, lists
+from services.chassis.channel import remaining
 from services.chassis.errors import (
     ChecksumMismatch,
     FieldInvalid,
     FieldOutOfRange,
     HasDependants,
     QuotaExceeded,
+    RequestInFlight,
     ResourceExists,
     ResourceNotFound,
     ScopeMissing,
@@ -54,6 +58,7 @@ VERSION_ORDERS = frozenset({"create_time", "update_time"})
 VERSION_STATES = frozenset({"VALIDATING", "READY", "REJECTED"})
 CONTENT = "datasets.content"
 READ_BYTES = 512 << 10  # of one message
+ANSWER_SECONDS = 0.5  # of a deadline, kept to say that an upload is still being hashed
 
 
 @dataclass(eq=False)
@@ -66,6 +71,7 @@ class DatasetServicer:
     dependants: Sequence[Dependants] = ()
     changed: Sequence[Callable[[], None]] = ()
     _hashers: Hashers = field(default_factory=Hashers)
+    _reading: dict[tuple[str, int], "asyncio.Task[Any]"] = field(default_factory=dict)  # uid and bytes of uploads that are hashed again
     _writers: int = 0  # streams that upload now
 
     # --- datasets -----------------------------------------------------------------------------------------------------------------------
@@ -246,8 +252,7 @@ class DatasetServicer:
             parts = await upload_store.parts(connection, who.project_uid, before["uid"])
         sha256 = ""
         if before["state"] == "OPEN" and before["persisted_bytes"] == request.total_bytes:
-            known = self._hashers.at(before["uid"], before["persisted_bytes"])
-            sha256 = known.hexdigest() if known is not None else await hash_parts(self.objects, parts)
+            sha256 = await self._sha256(before, parts)
 
         async def work(connection: AsyncConnection) -> pb.DatasetVersion:
             parent = await _dataset(connection, above, lock=True)
@@ -278,6 +283,30 @@ class DatasetServicer:
         self._hashers.forget(before["uid"])
         self._tell()
         return shown
+
+    async def _sha256(self, row: Record, parts: list[str]) -> str:
+        """Of all that an upload has stored. Where another process has hashed it, it is read back, once for all who ask meanwhile.
+
+        Raises:
+            RequestInFlight: the caller's time is up before that; it goes on, and the next call finds it done.
+        """
+        uid, size = row["uid"], row["persisted_bytes"]
+        known = self._hashers.at(uid, size)
+        if known is not None:
+            return str(known.hexdigest())
+        reading = self._reading.get((uid, size))
+        if reading is None:
+            reading = self._reading[uid, size] = asyncio.create_task(hash_parts(self.objects, parts), name="upload hash")
+            reading.add_done_callback(partial(self._read, uid, size))
+        await asyncio.wait({reading}, timeout=remaining(ANSWER_SECONDS))
+        if not reading.done():
+            raise RequestInFlight
+        return str(reading.result().hexdigest())
+
+    def _read(self, uid: str, size: int, reading: "asyncio.Task[Any]") -> None:
+        self._reading.pop((uid, size), None)
+        if not reading.cancelled() and reading.exception() is None:
+            self._hashers.keep(uid, size, reading.result())
 
     async def DeleteUpload(self, request: pb.DeleteUploadRequest, context: Any) -> deletion_pb2.Deletion:
         """Give an upload up. A version it became is not touched."""

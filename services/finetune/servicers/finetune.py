@@ -394,7 +394,7 @@ class FineTuneServicer:
 
         async def work(connection: AsyncConnection) -> deletion_pb2.Deletion:
             row = await _job(connection, request.name, lock=True)
-            if State(row["state"]) not in TERMINAL or not row["reaped"]:
+            if State(row["state"]) not in TERMINAL:
                 raise WrongState("name", row["state"])
             await sql_jobs.erase(connection, row)
             prefix = f"jobs/{row['project_uid']}/{row['uid']}"
@@ -404,6 +404,7 @@ class FineTuneServicer:
             return deletion(made, row["project"])
 
         made = await self.desk.change("DeleteFineTuneJob", request, deletion_pb2.Deletion, work, resource=lambda said: said.target)
+        self._changed()
         self._erase()
         return made
 

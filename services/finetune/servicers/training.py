@@ -3,12 +3,15 @@
 Every write is one transaction on the job's row, locked: fence compared, values and events written, reply made from what was written.
 """
 
+import asyncio
 import hashlib
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from google.protobuf import json_format
@@ -18,7 +21,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from argosy.v1 import dataset_pb2, finetune_pb2
 from argosy_internal.training.v1 import training_pb2 as pb
 from services.chassis import bounds
-from services.chassis.errors import ApiKeyInvalid, ArtifactRejected, PrivacyBudgetExceeded, ResourceNotFound, WorkerFenced, WrongState
+from services.chassis.errors import (
+    ApiKeyInvalid,
+    ArtifactRejected,
+    PrivacyBudgetExceeded,
+    ResourceNotFound,
+    StoreUnavailable,
+    WorkerFenced,
+    WrongState,
+)
 from services.chassis.identity import Caller
 from services.chassis.interceptors import Incoming
 from services.chassis.objects import ObjectMissing, Objects
@@ -74,6 +85,7 @@ class TrainingServicer:
         self._bases = bases
         self._changed = changed
         self._device = device
+        self._endings: dict[tuple[str, bytes], asyncio.Task[pb.CompleteRunResponse]] = {}
 
     async def ClaimRun(self, request: pb.ClaimRunRequest, context: Any) -> pb.ClaimRunResponse:
         """Raise the fence for this process; the same nonce gets the same reply."""
@@ -262,7 +274,48 @@ class TrainingServicer:
                 await self._stopped(connection, row)
                 self._changed()
                 return pb.CompleteRunResponse()
-        return await self._succeed(row, request)
+        return await self._ended(row, request)
+
+    async def close(self) -> None:
+        """End what is being verified; whoever asked for it asks again, and the next process of ours begins anew."""
+        for ending in (*self._endings.values(),):
+            ending.cancel()
+        await asyncio.gather(*self._endings.values(), return_exceptions=True)
+
+    async def _ended(self, row: Record, request: pb.CompleteRunRequest) -> pb.CompleteRunResponse:
+        """A result's end goes on when its caller's time is up, and whoever asks again waits for the same one."""
+        key = (row["uid"], hashlib.sha256(request.SerializeToString(deterministic=True)).digest())
+        ending = self._endings.get(key)
+        if ending is None:
+            ending = self._endings[key] = asyncio.create_task(self._holding(row, request), name="result")
+            ending.add_done_callback(partial(self._over, key))
+        return await asyncio.shield(ending)
+
+    def _over(self, key: tuple[str, bytes], ending: "asyncio.Task[pb.CompleteRunResponse]") -> None:
+        self._endings.pop(key, None)
+        if not ending.cancelled():
+            ending.exception()  # whoever waited may be gone
+
+    async def _holding(self, row: Record, request: pb.CompleteRunRequest) -> pb.CompleteRunResponse:
+        """Hold the run while its result is verified and copied, for as long as that takes."""
+        async with self._store.transaction() as connection:
+            await sql_jobs.hold(connection, row["uid"], row["fence"], self._settings.lease_seconds)
+        renewing = asyncio.create_task(self._renew(row), name="result's lease")
+        try:
+            return await self._succeed(row, request)
+        finally:
+            renewing.cancel()
+            await asyncio.gather(renewing, return_exceptions=True)
+            with suppress(StoreUnavailable):  # it runs out by itself
+                async with self._store.transaction() as connection:
+                    await sql_jobs.let_go(connection, row["uid"])
+
+    async def _renew(self, row: Record) -> None:
+        while True:
+            await asyncio.sleep(self._settings.lease_seconds / 3)
+            with suppress(StoreUnavailable):  # whether the run is still ours, its end says
+                async with self._store.transaction() as connection:
+                    await sql_jobs.hold(connection, row["uid"], row["fence"], self._settings.lease_seconds)
 
     async def _failed(self, connection: AsyncConnection, row: Record, failure: pb.RunFailure) -> None:
         why = finetune_pb2.JobReason.Name(failure.reason).removeprefix("JOB_REASON_") if failure.reason else "INTERNAL"
@@ -290,7 +343,12 @@ class TrainingServicer:
         if manifest.base_digest != base.digest:
             raise ArtifactRejected("base_digest")
         await publishing.verify(self._objects, manifest, prefix, base.modules if manifest.rank else None)
-        prepared = await publishing.prepare(self._store, self._objects, self._signer, manifest, prefix, Origin("JOB", row["uid"]))
+        try:
+            prepared = await publishing.prepare(self._store, self._objects, self._signer, manifest, prefix, Origin("JOB", row["uid"]))
+        except ObjectMissing:
+            async with self._store.transaction() as connection:
+                await self._fenced(connection, request.job, request.fence)  # erased meanwhile, most likely, and its parts with it
+            raise ArtifactRejected("part_missing") from None
         crash.point("result-prepared")
         try:
             async with self._store.transaction() as connection:
@@ -305,7 +363,7 @@ class TrainingServicer:
                 # The charge's counter before the registry's, as an erasure takes them.
                 await sql_jobs.move(connection, row, State.SUCCEEDED, cost, model_version=prepared.name, lease_time=None)
                 await publishing.publish(connection, prepared, row["key_id"])
-        except (WorkerFenced, ResourceNotFound):  # the job is another's or cancelled, or its model was erased meanwhile
+        except (WorkerFenced, ResourceNotFound, ApiKeyInvalid):  # another's by now, cancelled, or erased with or without its model
             await publishing.discard(self._store, self._objects, prepared)
             raise
         crash.point("result-published")
