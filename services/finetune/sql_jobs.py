@@ -283,6 +283,16 @@ async def checkpoints_of(connection: AsyncConnection, uid: str, *, below: int | 
     return list((await connection.execute(statement.order_by(c.step.desc()).limit(limit))).mappings())
 
 
+def stale(rows: Sequence[Record], newest: int) -> list[Record]:
+    """Of a job's checkpoints, newest first, those that nobody needs: neither of the newest, nor the best by the validation rows.
+
+    A checkpoint's numbers are those of the evaluation before it, so of equals the first is the one that was measured.
+    """
+    measured = [row for row in rows if "validation_loss" in row["metrics"]]
+    best = min(measured, key=lambda row: (row["metrics"]["validation_loss"], row["step"]), default=None)
+    return [row for row in rows[newest:] if row is not best]
+
+
 async def checkpoint(connection: AsyncConnection, project_uid: str, uid: str, step: int) -> Record | None:
     """One checkpoint."""
     c = checkpoints.c

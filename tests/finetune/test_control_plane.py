@@ -697,3 +697,23 @@ async def test_retention_leaves_the_rows_to_a_job_that_reads_them(finetune_url: 
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await there.tenant("GetDatasetVersion", dataset_pb2.GetDatasetVersionRequest(name=name))
         assert reason(error.value) == "RESOURCE_NOT_FOUND"
+
+
+async def test_the_best_checkpoint_stays_beside_the_newest_three(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        job = await there.create()
+        trainer = await there.trainer(job)
+        claim = await trainer.claims()
+        await trainer.says(step=1, target_step=8, device_seconds=1.0)
+        for step, loss in enumerate((0.9, 0.4, 0.4, 0.6, 0.5, 0.7, 0.8), 1):
+            await trainer.keeps(step, metrics={"validation_loss": loss, "loss": 0.1 / step})
+        listed = await there("ListCheckpoints", pb.ListCheckpointsRequest(parent=job.name))
+        assert [each.step for each in listed.checkpoints] == [7, 6, 5, 2]
+        stored = {path.split("/")[4] async for path, _ in there.running.objects.list(claim.prefix.rstrip("/"))}
+        assert stored == {"step-7", "step-6", "step-5", "step-2"}
+        await trainer.keeps(8, metrics={"validation_loss": 0.3})
+        listed = await there("ListCheckpoints", pb.ListCheckpointsRequest(parent=job.name))
+        assert [each.step for each in listed.checkpoints] == [8, 7, 6]  # which is the best now
+        there.launcher.seen[trainer.attempt.name] = Seen(Where.EXITED, 143)
+        again = await (await there.trainer(job, 2)).claims()
+        assert [point.step for point in again.resume] == [8, 7, 6]

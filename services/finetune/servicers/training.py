@@ -46,7 +46,7 @@ from services.finetune.tokens import TokenMint
 
 SERVICE = "argosy.internal.training.v1.TrainingService"
 PROGRESS_SECONDS = 1.0  # progress events closer together are one
-KEPT_CHECKPOINTS = 3  # the newest, that a run may go on from
+KEPT_CHECKPOINTS = 3  # the newest, that a run may go on from; the best stays beside them
 NANOS = 1_000_000_000
 RUNNING = frozenset({State.RUNNING, State.PAUSING, State.CANCELLING})
 
@@ -228,7 +228,7 @@ class TrainingServicer:
             row = await sql_jobs.change(
                 connection, row, events.checkpoint(name, manifest.step), lease_time=self._lease(), step=max(row["step"], manifest.step)
             )
-            stale = (await sql_jobs.checkpoints_of(connection, row["uid"]))[KEPT_CHECKPOINTS:]
+            stale = sql_jobs.stale(await sql_jobs.checkpoints_of(connection, row["uid"]), KEPT_CHECKPOINTS)
             await sql_jobs.drop_checkpoints(connection, row["uid"], [each["step"] for each in stale])
             reply = pb.CommitCheckpointResponse(lease=_duration(self._settings.lease_seconds), action=_action(row))
         for each in stale:  # their rows are gone: nobody resumes from them any more
