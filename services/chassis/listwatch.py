@@ -79,7 +79,8 @@ class Pace:
         """Claim the next request's turn; seconds to wait for it."""
         with self._lock:
             now = self.clock()
-            turn = max(self._next, now - (self.burst - 1) * self.spacing_s)
+            saved = 0 if self._down else self.burst - 1
+            turn = max(self._next, now - saved * self.spacing_s)
             self._next = turn + self.spacing_s
             return max(0.0, turn - now)
 

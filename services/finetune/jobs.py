@@ -49,6 +49,19 @@ class Where(enum.StrEnum):
     EXITED = "exited"  # and nothing of it is left running
 
 
+class Waits(enum.StrEnum):
+    """What an attempt that does not run, or its launcher, waits for; for people, who may have to help."""
+
+    SUSPENDED = "SUSPENDED"  # a queue's turn
+    UNSCHEDULABLE = "UNSCHEDULABLE"  # a place on a node
+    IMAGE = "IMAGE"  # its image, or a setting of its container
+    NO_POD = "NO_POD"  # the cluster makes no pod for it: a quota or a policy refuses it, or it is not yet its time
+    STARTING = "STARTING"
+    NODE_LOST = "NODE_LOST"  # its node to come back, or to be given up: before that nobody may start another
+    LAUNCHER_AWAY = "LAUNCHER_AWAY"  # an answer from where attempts run
+    LAUNCHER_REFUSED = "LAUNCHER_REFUSED"  # the right to ask there, or a template that fits
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """One look. `code` is an exit status if one is known; `disrupted`: it was taken away, through no fault of its own."""
@@ -57,6 +70,7 @@ class Seen:
     code: int | None = None
     reason: str = ""
     disrupted: bool = False
+    waits: Waits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +90,17 @@ class NameTaken(Exception):
     """Something else has this attempt's name; nobody may touch it."""
 
 
+class LauncherUnavailable(Exception):
+    """Where attempts run does not answer, or refuses; nothing is known and nothing is lost. The text is for the operator."""
+
+    def __init__(self, why: str, waits: Waits = Waits.LAUNCHER_AWAY) -> None:
+        """`waits`: what has to change."""
+        super().__init__(why)
+        self.waits = waits
+
+
 class Launcher(Protocol):
-    """Where attempts run. Every method may be repeated and may be cut off."""
+    """Where attempts run. Every method may be repeated and may be cut off, and may raise LauncherUnavailable."""
 
     async def ensure(self, attempt: Attempt) -> None:
         """Have it running or ended: started at most once by its name. Raises NameTaken if the name is another's."""
@@ -129,6 +152,7 @@ class Do(enum.Enum):
     START = enum.auto()  # QUEUED → PREPARING with a new attempt
     ENSURE = enum.auto()  # ask the launcher again
     STOP = enum.auto()  # ask the attempt to end
+    HOLD = enum.auto()  # it waits for a place: its lease begins anew
     LOST = enum.auto()  # → QUEUED, or FAILED when the budget is spent
     PAUSED = enum.auto()
     CANCELLED = enum.auto()
@@ -145,6 +169,7 @@ class Step:
     why: str = ""
 
 
+HOLD_WITHIN = timedelta(seconds=60)  # a lease that ends sooner is renewed for an attempt that waits
 STOP_AFTER = timedelta(seconds=60)  # a pause that the attempt does not hear of is made by a signal
 
 
@@ -191,6 +216,8 @@ def decide(job: Job, seen: Seen | None, now: datetime) -> Step:
         return Step(Do.LOST, seen.disrupted or seen.code in (75, 143), f"exit {seen.code}" if seen.code is not None else seen.reason)
     if not job.launched:
         return Step(Do.ENSURE)
+    if seen.where is Where.PENDING:  # nobody is there who could renew a lease
+        return Step(Do.HOLD) if job.lease_time is not None and job.lease_time <= now + HOLD_WITHIN else Step(Do.WAIT)
     if job.lease_time is not None and job.lease_time <= now:
         return Step(Do.STOP, why="lease")
     return Step(Do.WAIT)

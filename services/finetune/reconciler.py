@@ -18,8 +18,24 @@ from uuid import uuid4
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.chassis.errors import StoreUnavailable
-from services.finetune import crash, sql_jobs
-from services.finetune.jobs import TERMINAL, WORKING, Attempt, Do, Job, Launcher, NameTaken, Seen, State, Step, attempt_name, decide
+from services.chassis.telemetry import Telemetry
+from services.finetune import crash, events, sql_jobs
+from services.finetune.jobs import (
+    TERMINAL,
+    WORKING,
+    Attempt,
+    Do,
+    Job,
+    Launcher,
+    LauncherUnavailable,
+    NameTaken,
+    Seen,
+    State,
+    Step,
+    Waits,
+    attempt_name,
+    decide,
+)
 from services.finetune.queries import Record
 from services.finetune.settings import JobQuotas, JobSettings
 from services.finetune.store import FineTuneStore
@@ -32,6 +48,7 @@ log = logging.getLogger(__name__)
 BATCH = 32  # jobs of one look
 OWNER_SECONDS = 30.0  # of a reconciler not heard from, another takes the jobs
 SWEEP_SECONDS = 10.0  # between looks for orphans
+FORGET_SECONDS = 60.0  # what an attempt waits for is forgotten when nobody has looked for so long
 BACKOFF = 16  # times the first pause at most
 
 
@@ -46,6 +63,8 @@ class Reconciler:
     quotas: JobQuotas
     clean: Callable[[Record], Awaitable[None]] | None = None  # what an ended attempt left in the object store
     name: str = field(default_factory=lambda: str(uuid4()))
+    telemetry: Telemetry = field(default_factory=Telemetry.off)
+    _waits: dict[str, tuple[Waits, float]] = field(default_factory=dict)  # job uid → what its attempt waits for, and when that was seen
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
 
     def wake(self) -> None:
@@ -102,6 +121,11 @@ class Reconciler:
                 log.error("an attempt's name is taken by something that is not ours", extra={"job": row["uid"]})
                 await self._later(row)
                 continue
+            except LauncherUnavailable as error:  # nothing is known of it, and nothing is lost: again a little later
+                await self._tell(row, error.waits, str(error))
+                total += row["state"] == State.QUEUED
+                await self._later(row)
+                continue
             except StoreUnavailable:
                 raise
             except Exception:  # one job's folder, base or pod must not keep all others from being looked at
@@ -112,10 +136,11 @@ class Reconciler:
             if step.do is Do.START:
                 total += 1
                 of_project[row["project_uid"]] = of_project.get(row["project_uid"], 0) + 1
-            if step.do in (Do.WAIT, Do.STOP):
+            if step.do in (Do.WAIT, Do.STOP, Do.HOLD):
                 await self._later(row)
             else:
                 moved = True
+        self._measure()
         return moved or len(rows) == BATCH  # what waits at the front must not hide what is due behind it
 
     async def _later(self, row: Record) -> None:
@@ -127,8 +152,31 @@ class Reconciler:
         looks = job.attempt > 0 and (job.state in WORKING or not job.reaped)
         seen = await self.launcher.observe(job.name) if looks else None
         step = decide(job, seen, now)
+        await self._tell(row, seen.waits if seen is not None else None, seen.reason if seen is not None else "")
         await self._apply(row, job, step, seen)
         return step
+
+    async def _tell(self, row: Record, waits: Waits | None, why: str) -> None:
+        """Say in the job's log what it waits for, once for each cause; what the cluster said of it is for the operator alone."""
+        clock = asyncio.get_running_loop().time()
+        known = self._waits.pop(row["uid"], None)
+        if waits is None:
+            return
+        self._waits[row["uid"]] = (waits, clock)
+        if waits is Waits.STARTING or (known is not None and known[0] is waits):
+            return
+        log.warning("an attempt waits", extra={"job": row["uid"], "attempt": row["attempt"], "waits": waits.value, "why": why})
+        async with self.store.transaction() as connection:
+            found = await sql_jobs.any_job(connection, row["uid"], lock=True)
+            if found is not None and State(found["state"]) not in TERMINAL:
+                await sql_jobs.say(connection, found, events.warning(f"attempt.{waits.value.lower()}", 0, 1))
+
+    def _measure(self) -> None:
+        clock = asyncio.get_running_loop().time()
+        self._waits = {uid: each for uid, each in self._waits.items() if clock - each[1] < FORGET_SECONDS}
+        found = Counter(waits for waits, _ in self._waits.values())
+        for waits in Waits:
+            self.telemetry.record("argosy.attempt.waiting", found[waits], {"argosy.reason": waits.value})
 
     async def _apply(self, row: Record, job: Job, step: Step, seen: Seen | None) -> None:
         match step.do:
@@ -140,6 +188,8 @@ class Reconciler:
                 await self._ensure(row)
             case Do.ENSURE:
                 await self._ensure(row)
+            case Do.HOLD:
+                await self._write(row, lease_time=sql_jobs.NOW + self._first_lease)
             case Do.STOP:
                 at_once = job.state is State.CANCELLING or row["delete_time"] is not None
                 grace = 0.0 if at_once else self.settings.stop_seconds
@@ -149,6 +199,7 @@ class Reconciler:
                 if self.clean is not None and job.state in TERMINAL:
                     await self.clean(row)
                 await self._write(row, reaped=True)
+                self._ended(row, job)
             case Do.LOST:
                 await self._lost(row, job, step)
             case Do.PAUSED:
@@ -183,13 +234,23 @@ class Reconciler:
             )
         )
         crash.point("attempt-launched")
-        # Until it claims, the attempt has two leases: a process starts, loads its weights, and only then speaks.
-        lease = sql_jobs.NOW + timedelta(seconds=2 * self.settings.lease_seconds + 60)
+        lease = sql_jobs.NOW + self._first_lease
         async with self.store.transaction() as connection:
             found = await sql_jobs.any_job(connection, row["uid"], lock=True)
             if found is not None and found["attempt"] == row["attempt"] and found["launch_time"] is None:
                 values: dict[str, Any] = {"launch_time": sql_jobs.NOW}
                 await sql_jobs.change(connection, found, **values | ({} if found["lease_time"] else {"lease_time": lease}))
+
+    @property
+    def _first_lease(self) -> timedelta:
+        """Until it claims, an attempt has two leases: a process starts, loads its weights, and only then speaks."""
+        return timedelta(seconds=2 * self.settings.lease_seconds + 60)
+
+    def _ended(self, row: Record, job: Job) -> None:
+        outcome = {State.QUEUED: "LOST"}.get(job.state, job.state.value)
+        self.telemetry.record("argosy.attempt.ended", 1, {"argosy.outcome": outcome})
+        if job.state in TERMINAL:
+            self.telemetry.record("argosy.job.ended", 1, {"argosy.outcome": outcome, "argosy.reason": row["reason"] or "NONE"})
 
     async def _lost(self, row: Record, job: Job, step: Step) -> None:
         """Again from the last checkpoint, a little later; a job whose attempts commit nothing new in a row has failed."""
@@ -216,7 +277,11 @@ class Reconciler:
 
     async def sweep(self) -> None:
         """Clear away attempts that no job knows: of an earlier attempt, or of a job that was erased."""
-        names = await self.launcher.list()
+        try:
+            names = await self.launcher.list()
+        except LauncherUnavailable as error:
+            log.debug("no orphans are looked for: %s", error)
+            return
         async with self.store.transaction() as connection:
             known = await sql_jobs.live_names(connection)
         for name in names:

@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -25,7 +26,7 @@ from services.chassis.lists import PageTokens
 from services.chassis.objects import Objects, open_objects
 from services.chassis.server import Serving, serve
 from services.chassis.telemetry import Telemetry
-from services.finetune import publishing, sql_charges, sql_jobs
+from services.finetune import callback, publishing, sql_charges, sql_jobs
 from services.finetune.bases import Bases
 from services.finetune.erasing import Eraser
 from services.finetune.evaluations import Evaluators
@@ -33,6 +34,9 @@ from services.finetune.feed import following
 from services.finetune.hosts import credentials
 from services.finetune.job_erasure import JobDependants
 from services.finetune.jobs import Launcher
+from services.finetune.launchers.cluster import ClusterLauncher, Place, connect
+from services.finetune.launchers.cluster_api import Api
+from services.finetune.launchers.job_manifest import Terms
 from services.finetune.launchers.local import LocalLauncher
 from services.finetune.lineage import Signer
 from services.finetune.model_erasure import ModelDependants
@@ -47,9 +51,10 @@ from services.finetune.servicers.model import ModelServicer
 from services.finetune.servicers.registry import RegistryServicer
 from services.finetune.servicers.resources import Desk
 from services.finetune.servicers.training import TrainingServicer
-from services.finetune.settings import FineTuneSettings
+from services.finetune.settings import FineTuneSettings, JobSettings
 from services.finetune.store import CHANNEL, FineTuneStore, open_store
-from services.finetune.tokens import TokenMint
+from services.finetune.token_reviews import TokenReviews
+from services.finetune.tokens import TokenMint, Tokens
 from services.finetune.validating import Validators
 from services.pretrained import weights
 
@@ -71,6 +76,8 @@ TRAINER = "services.finetune.trainer"
 REGISTRY = "/argosy.internal.registry.v1.RegistryService/"
 FLEET = ("WatchVersions", "ReportServable", "WatchCharges", "PauseJobs")  # of the gateway itself, not for a tenant's call
 
+AGE_SECONDS = 5.0  # between measurements of the cluster view's age
+
 log = logging.getLogger(__name__)
 
 
@@ -82,6 +89,7 @@ class Running:
     serving: Serving
     store: FineTuneStore
     objects: Objects
+    callback_url: str = ""  # where trainers of the operator's own post progress; empty: nowhere
 
 
 def permit(method: str, caller: Caller) -> None:
@@ -126,6 +134,60 @@ def _own_name(settings: FineTuneSettings) -> str:
     return hashlib.sha256(f"{settings.database_url} {settings.store_url}".encode()).hexdigest()[:16]
 
 
+def _hosted(jobs: JobSettings, posted: str) -> dict[str, str]:
+    """What an attempt must know to run a trainer of the operator's own."""
+    if not jobs.trainer_command:
+        return {}
+    return {"ARGOSY_TRAINER_COMMAND": ",".join(jobs.trainer_command), "ARGOSY_CALLBACK_URL": jobs.callback_url or posted}
+
+
+def _place(jobs: JobSettings) -> Place:
+    assert jobs.pod_templates is not None  # the settings have seen to it
+    return Place.of(jobs.pod_templates, jobs.training_pool, jobs.job_namespaces, jobs.training_nodes)
+
+
+def _terms(settings: FineTuneSettings) -> Terms:
+    """What a cluster's attempts have in common. Whoever may dial us with a certificate has its CA beside it, and so have we."""
+    jobs, certificate = settings.jobs, settings.listener.certificate
+    ca = settings.listener.client_ca or (certificate and certificate.with_name("ca.crt"))
+    where = urlsplit(settings.database_url)
+    return Terms(
+        # No password in it: a new one must not make strangers of what runs.
+        owner=hashlib.sha256(f"{where.hostname} {where.port} {where.path} {settings.store_url}".encode()).hexdigest()[:16],
+        address=jobs.training_address,
+        environment=_hosted(jobs, ""),
+        store_url=settings.store_url,
+        ca=ca.read_text() if ca and ca.exists() else "",
+        queue=jobs.queue_name,
+        queue_priority=jobs.queue_priority_class,
+        ttl_s=jobs.ended_job_seconds,
+        grace_s=round(jobs.stop_seconds),
+    )
+
+
+async def _second(
+    stack: AsyncExitStack, settings: FineTuneSettings, address: str, attempts: TrainingServicer, policy: Policy, telemetry: Telemetry
+) -> str:
+    """A listener for attempts alone, who have a token and no certificate; where they reach us."""
+    if not settings.jobs.training_listen_address:
+        return address
+    listener = replace(settings.listener, address=settings.jobs.training_listen_address, client_ca=None, health_address="")
+    add = _adding(training_pb2_grpc.add_TrainingServiceServicer_to_server, attempts)
+    serving = await stack.enter_async_context(serve(listener, add, [training.SERVICE], policy=policy, telemetry=telemetry))
+    await serving.ready()
+    return serving.address
+
+
+async def _aging(launcher: ClusterLauncher, telemetry: Telemetry) -> None:
+    """Measure how old our view of the cluster is; before the first it ages from the start."""
+    clock = asyncio.get_running_loop().time
+    began = clock()
+    while True:
+        age = launcher.age_s
+        telemetry.record("argosy.cluster.view_age", clock() - began if age is None else age)
+        await asyncio.sleep(AGE_SECONDS)
+
+
 def _directory(bases: Bases) -> Callable[[str], Coroutine[Any, Any, Path]]:
     async def find(name: str) -> Path:
         return (await bases.get(name)).directory
@@ -151,6 +213,7 @@ async def finetune(
     store: FineTuneStore | None = None,
     objects: Objects | None = None,
     launcher: Launcher | None = None,
+    cluster: Any = None,
     verifier: CallerVerifier | None = None,
     telemetry: Telemetry | None = None,
     signals: bool = False,
@@ -158,7 +221,7 @@ async def finetune(
 ) -> AsyncIterator[Running]:
     """Serve until left; leaving drains, and leaves running attempts alone: the next start adopts them.
 
-    What is not passed is opened from the settings. `wait`: only return once the schema is there.
+    What is not passed is opened from the settings; `cluster`: a kubernetes.client.ApiClient. `wait`: only return once the schema is there.
     """
     telemetry = telemetry or Telemetry.off()
     async with AsyncExitStack() as stack:
@@ -193,7 +256,7 @@ async def finetune(
         feed = await stack.enter_async_context(following(store))
         job_feed = await stack.enter_async_context(following(store, CHANNEL))
         tuning = FineTuneServicer(desk, objects, job_feed, settings.quotas, bases, changed, eraser.wake, device)
-        attempts = TrainingServicer(store, objects, settings.jobs, mint, signer, bases, changed, device)
+        attempts = TrainingServicer(store, objects, settings.jobs, signer, bases, changed, device)
         owed = await stack.enter_async_context(following(store, sql_charges.CHANNEL))
         stack.push_async_callback(attempts.close)
         registered = RegistryServicer(store, feed, on_servable, owed, pause)
@@ -206,8 +269,11 @@ async def finetune(
         ]
         for work in (validators.run, eraser.run, evaluators.run, partial(publishing.sweeping, store, objects)):
             await stack.enter_async_context(_working(work))
+        api = Api(cluster or connect()) if settings.jobs.launcher == "cluster" and launcher is None else None
+        tokens: Tokens = mint if api is None else TokenReviews(api, _place(settings.jobs).namespaces)
+        worker = training.bearer(tokens)
         policy = Policy(
-            authenticate=lambda incoming, context: (training.bearer if incoming.method.startswith(TRAINING) else behind)(incoming, context),
+            authenticate=lambda incoming, context: (worker if incoming.method.startswith(TRAINING) else behind)(incoming, context),
             permit=permit,
             deadline_cap_s=lambda method: STREAM_SECONDS if method.rsplit("/", 1)[-1] in (*STREAMS, *LONG) else UNARY_SECONDS,
         )
@@ -221,21 +287,32 @@ async def finetune(
                 signals=signals,
             )
         )
+        posted = ""  # where a trainer of the operator's own tells its progress
+        if settings.jobs.callback_address:
+            listener, where = settings.listener, settings.jobs.callback_address
+            taking = callback.listening(callback.Callback(store, tokens), where, listener.certificate, listener.private_key)
+            posted = await stack.enter_async_context(taking)
+        attempts_at = await _second(stack, settings, serving.address, attempts, policy, telemetry)
+        if api is not None:
+            launcher = clustered = ClusterLauncher(api, _place(settings.jobs), _terms(settings))
+            clustered.start()
+            stack.callback(clustered.close)
+            await stack.enter_async_context(_working(partial(_aging, clustered, telemetry)))
         if launcher is None:
             jobs = settings.jobs
             launcher = local = LocalLauncher(
                 jobs.runs_dir or weights.cache_directory(settings.cache_dir) / "runs" / _own_name(settings),
-                jobs.training_address or serving.address,
+                jobs.training_address or attempts_at,
                 settings.store_url,
                 _directory(bases),
                 command=(str(jobs.training_python or sys.executable), "-m", TRAINER),
                 memory_bytes=jobs.training_memory_bytes,
-                environment=credentials(os.environ),
+                environment=credentials(os.environ) | _hosted(jobs, posted),
             )
             stack.callback(local.close)
-        reconciler = Reconciler(store, launcher, mint, settings.jobs, settings.quotas, _uncommitted(store, objects))
+        reconciler = Reconciler(store, launcher, mint, settings.jobs, settings.quotas, _uncommitted(store, objects), telemetry=telemetry)
         wake.append(reconciler.wake)
         await stack.enter_async_context(_working(reconciler.run))
         await serving.ready()
-        yield Running(serving.address, serving, store, objects)
+        yield Running(serving.address, serving, store, objects, posted)
         await serving.drain(announce_s=0, grace_s=settings.listener.grace_seconds if signals else 0)

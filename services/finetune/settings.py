@@ -11,10 +11,24 @@ from services.chassis.server import Listener
 class JobSettings:
     """How jobs are run."""
 
-    launcher: Literal["local"] = "local"
+    launcher: Literal["local", "cluster"] = "local"  # processes of this machine, or Jobs of a Kubernetes cluster
     training_slots: int = field(default=1, metadata={"minimum": 0})  # attempts running at once
     training_address: str = ""  # host:port at which attempts reach TrainingService; empty: the listener's own
+    # A second listener for TrainingService alone, host:port, with the listener's certificate and no client's; empty: none.
+    training_listen_address: str = ""
+    # Namespaces of a cluster's Jobs: the first for everybody, and after it `project uid=namespace` for projects with one of their own.
+    job_namespaces: tuple[str, ...] = ()
+    pod_templates: Path | None = None  # folder of pod templates, `{pool}.yaml`; needed in a cluster
+    training_pool: str = "default"  # whose template attempts are made from
+    training_nodes: int = field(default=1, metadata={"minimum": 1, "maximum": 64})  # of one attempt; more than one needs JobSet
+    queue_name: str = ""  # Kueue's LocalQueue that a cluster's Jobs wait in; empty: none, training_slots alone decide
+    queue_priority_class: str = ""  # their WorkloadPriorityClass; empty: the queue's own
+    ended_job_seconds: int = field(default=86_400, metadata={"minimum": 60})  # a cluster's ended Job that was not cleared away is kept
     training_python: Path | None = None  # interpreter of local attempts; None: our own
+    # Words of a trainer of the operator's own, such as `python,-m,ours`: runs under our wrapper in place of our loop. Empty: our loop.
+    trainer_command: tuple[str, ...] = ()
+    callback_address: str = ""  # host:port that takes its live progress over HTTPS, with the listener's certificate; empty: none
+    callback_url: str = ""  # what its attempts post to, as https://host:port; empty: the address itself
     runs_dir: Path | None = None  # private folders of local attempts; None: under the cache
     # Data segment of a local attempt; None: unlimited.
     training_memory_bytes: int | None = field(default=None, metadata={"minimum": 1 << 26})
@@ -24,6 +38,14 @@ class JobSettings:
     retry_seconds: float = field(default=2.0, metadata={"minimum": 0.0})  # first backoff after a lost attempt, jittered, doubled up to 16 x
     attempts_without_progress: int = field(default=3, metadata={"minimum": 1})  # that committed nothing new, in a row; then the job fails
     paused_days: float = field(default=30.0, metadata={"minimum": 0.0})  # a paused job is cancelled after that
+
+    def __post_init__(self) -> None:
+        if self.launcher == "cluster":
+            needed = {"job_namespaces": self.job_namespaces, "pod_templates": self.pod_templates, "training_address": self.training_address}
+            if missing := ", ".join(f"ARGOSY_{name.upper()}" for name, value in needed.items() if not value):
+                raise ValueError(f"attempts in a cluster need {missing}")
+            if "=" in self.job_namespaces[0] or not all("=" in each for each in self.job_namespaces[1:]):
+                raise ValueError("ARGOSY_JOB_NAMESPACES is everybody's namespace, then `project uid=namespace` for those with their own")
 
 
 @dataclass(frozen=True)

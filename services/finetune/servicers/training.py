@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import timedelta
@@ -42,7 +42,7 @@ from services.finetune.queries import Record
 from services.finetune.servicers.dataset_messages import row_layout
 from services.finetune.settings import JobSettings
 from services.finetune.store import FineTuneStore
-from services.finetune.tokens import TokenMint
+from services.finetune.tokens import Shown, Tokens
 
 SERVICE = "argosy.internal.training.v1.TrainingService"
 PROGRESS_SECONDS = 1.0  # progress events closer together are one
@@ -50,16 +50,21 @@ KEPT_CHECKPOINTS = 3  # the newest, that a run may go on from; the best stays be
 NANOS = 1_000_000_000
 RUNNING = frozenset({State.RUNNING, State.PAUSING, State.CANCELLING})
 
-_token: ContextVar[str] = ContextVar("attempt token", default="")
+_shown: ContextVar[Shown] = ContextVar("what an attempt showed")
 
 
-async def bearer(incoming: Incoming, context: Any) -> Caller:
+def bearer(tokens: Tokens) -> Callable[[Incoming, Any], Awaitable[Caller]]:
     """The door of this service: a token of an attempt, judged with the job that the request names."""
-    value = incoming.value("authorization")
-    if not isinstance(value, str) or not value.startswith("Bearer "):
-        raise ApiKeyInvalid
-    _token.set(value.removeprefix("Bearer ").strip())
-    return Caller(project_uid="", project="", key_id="", scopes=frozenset(), request_id="", kv_scope="")
+
+    async def authenticate(incoming: Incoming, context: Any) -> Caller:
+        value = incoming.value("authorization")
+        if not isinstance(value, str) or not value.startswith("Bearer "):
+            raise ApiKeyInvalid
+        anew = incoming.method.endswith("/ClaimRun")
+        _shown.set(await tokens.shown(value.removeprefix("Bearer ").strip(), anew=anew))
+        return Caller(project_uid="", project="", key_id="", scopes=frozenset(), request_id="", kv_scope="")
+
+    return authenticate
 
 
 class TrainingServicer:
@@ -70,7 +75,6 @@ class TrainingServicer:
         store: FineTuneStore,
         objects: Objects,
         settings: JobSettings,
-        mint: TokenMint,
         signer: Signer,
         bases: Bases,
         changed: Callable[[], None] = lambda: None,
@@ -80,7 +84,6 @@ class TrainingServicer:
         self._store = store
         self._objects = objects
         self._settings = settings
-        self._mint = mint
         self._signer = signer
         self._bases = bases
         self._changed = changed
@@ -95,9 +98,13 @@ class TrainingServicer:
             if row["attempt"] != request.attempt or State(row["state"]) not in (State.PREPARING, State.RUNNING, *RUNNING):
                 raise WorkerFenced
             if row["nonce"] != request.nonce:
-                if row["nonce"] and row["report"]:
-                    raise WorkerFenced  # a second process of one attempt, while the first is at work
                 values: dict[str, Any] = {"fence": row["fence"] + 1, "nonce": request.nonce, "report": 0, "lease_time": self._lease()}
+                if row["nonce"] and row["report"]:
+                    if not _shown.get().replaces:
+                        raise WorkerFenced  # a second process of one attempt, while the first is at work
+                    # The pod before it was taken away: its seconds and steps are counted, and count for the attempt.
+                    values |= {"attempt_seconds": 0.0, "attempt_step": row["step"]}
+                    values |= {"barren": 0} if row["step"] > row["attempt_step"] else {}
                 if State(row["state"]) is State.PREPARING:
                     first: dict[str, Any] = {} if row["start_time"] else {"start_time": sql_jobs.NOW}
                     row = await sql_jobs.move(connection, row, State.RUNNING, **values, **first)
@@ -171,7 +178,8 @@ class TrainingServicer:
         done = step - row["attempt_step"]
         if target and done > 0 and request.device_seconds > 0:
             ends = now + timedelta(seconds=min(3e8, (target - step) * request.device_seconds / done))
-        values |= {"epoch": request.epoch, "tokens": request.tokens, "tokens_per_second": speed, "estimated_end_time": ends}
+        if request.step or request.tokens:  # else the callback endpoint may know more
+            values |= {"epoch": request.epoch, "tokens": request.tokens, "tokens_per_second": speed, "estimated_end_time": ends}
         changed = step != row["step"] or values.get("phase", row["phase"]) != row["phase"]
         quiet = row["progress_time"] is not None and now - row["progress_time"] < timedelta(seconds=PROGRESS_SECONDS)
         if changed and (not quiet or step == target):
@@ -378,7 +386,7 @@ class TrainingServicer:
         """
         row = await sql_jobs.any_job(connection, uid, lock=True)
         salt = bytes(row["salt"]) if row is not None else b""
-        if not self._mint.matches(_token.get(), uid, row["attempt"] if row is not None else 0, salt) or row is None:
+        if not _shown.get().of(uid, row["attempt"] if row is not None else 0, salt) or row is None:
             raise ApiKeyInvalid
         return row
 
