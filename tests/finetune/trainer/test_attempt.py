@@ -1,3 +1,4 @@
+import hashlib
 import json
 import threading
 
@@ -7,6 +8,7 @@ import torch
 from services.finetune.trainer.attempt import DONE, INPUT, LOST, TERMINATED, Attempt
 from services.finetune.trainer.control import Action, Failure
 from services.finetune.trainer.spec import EarlyStopping, Hyperparameters, Lora, Method
+from services.finetune.trainer.train import Evaluation, Trainer
 from tests.finetune.trainer import world
 
 
@@ -143,6 +145,24 @@ def test_early_stopping_lowers_the_target_and_keeps_the_best(tiny_base):
     assert attempt(plane, tiny_base).run() == DONE
     targets = [report.target_step for report in plane.reports if report.target_step]
     assert targets[-1] == plane.ends[0].step < targets[0] and plane.reports[-1].early_stopped
+
+
+def test_what_is_published_is_the_best_by_the_validation_rows_not_the_last(tiny_base, monkeypatch):
+    losses = iter([0.9, 0.5, 0.6, 0.7, 0.8])
+    monkeypatch.setattr(Trainer, "evaluate", lambda trainer, examples=None: Evaluation(next(losses, 0.5)))
+    own = Hyperparameters(learning_rate=1e-2, epochs=20, batch_size=8)
+    changed = {"evaluation_interval_steps": 1, "checkpoint_interval_steps": 1, "early_stopping": EarlyStopping(patience=3)}
+    plane = world.plane(Method.CHAT, hyperparameters=own, **changed)
+
+    def committed(step):
+        while step not in [number for number, *_ in plane.commits]:
+            threading.Event().wait(0.01)
+
+    assert attempt(plane, tiny_base, committed).run() == DONE
+    stored = {step: hashlib.sha256(plane.objects.get(f"{prefix}adapter.safetensors")).hexdigest() for step, prefix, _ in plane.commits}
+    assert list(stored) == [1, 2, 3, 4, 5] and len(set(stored.values())) == 5
+    assert digests(plane)["adapter.safetensors"] == stored[2]
+    assert plane.ends[0].step == 5
 
 
 def _broken_row(data):
