@@ -125,6 +125,8 @@ def write(target: Path, reference: str, layers: Sequence[Layer], settings: Mappi
         _blob(config_digest): config,
         _blob(digest): manifest,
     }
+    if _holds(target, index):
+        return digest
     partial = target.with_name(f"{target.name}.{os.getpid()}")
     try:
         with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -137,6 +139,16 @@ def write(target: Path, reference: str, layers: Sequence[Layer], settings: Mappi
     finally:
         partial.unlink(missing_ok=True)
     return digest
+
+
+def _holds(target: Path, index: bytes) -> bool:
+    """Whether the archive is there already: it appeared whole, and its index names all of it."""
+    try:
+        with tarfile.open(target) as tar:
+            found = tar.extractfile("index.json")
+            return found is not None and found.read() == index
+    except (FileNotFoundError, KeyError, tarfile.ReadError):
+        return False
 
 
 def _blob(digest: str) -> str:

@@ -19,6 +19,7 @@ from tools.images.recipes import HOME, ROOT, SITE, SOURCES, USER
 
 __all__ = ["base_layer", "code_layer", "lock_layer", "made"]
 
+FORMAT = 1  # raised when layers are packed in another way
 INSTALL = SOURCES / "install.py"
 OWNERS = {
     "tmp": Owner(0, 0o1777),
@@ -30,7 +31,7 @@ def made(
     cache: Path, name: str, inputs: bytes, fill: Callable[[Path], None], components: Callable[[Path], list[dict[str, str]]] | None = None
 ) -> Layer:
     """The layer `name` of `inputs`: `fill` writes its files into an empty folder, `components` lists what they are."""
-    rules = INSTALL.read_bytes() + Path(__file__).with_name("archive.py").read_bytes() + str(EPOCH).encode()
+    rules = INSTALL.read_bytes() + f"{FORMAT} {EPOCH}".encode()
     key = f"{name}-{hashlib.sha256(rules + inputs).hexdigest()[:32]}"
     tar, about = cache / "layers" / f"{key}.tar", cache / "layers" / f"{key}.json"
     if tar.exists() and about.exists():

@@ -143,6 +143,9 @@ def test_a_device_in_a_layer_is_refused(tmp_path: Path) -> None:
 def test_an_archive_is_an_oci_layout_and_a_docker_archive(tmp_path: Path) -> None:
     layers: list[Layer] = [pack(tree(tmp_path / name, name), tmp_path / f"{name}.tar", name) for name in ("low", "high")]
     digest = write(tmp_path / "image.tar", "localhost/x:1", layers, {"User": "65532:65532"}, {"a": "b"})
+    written = (tmp_path / "image.tar").stat().st_ino
+    assert write(tmp_path / "image.tar", "localhost/x:1", layers, {"User": "65532:65532"}, {"a": "b"}) == digest
+    assert (tmp_path / "image.tar").stat().st_ino == written, "what is there is left"
     with tarfile.open(tmp_path / "image.tar") as tar:
         files = {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
     for name, content in files.items():
