@@ -19,7 +19,7 @@ from argosy.v1.finetune_pb2 import TuneMethod
 from argosy_internal.training.v1.training_pb2 import AdapterManifest, Part
 from services.chassis.errors import ArtifactRejected, ResourceNotFound, StoreUnavailable, WrongState
 from services.chassis.objects import ObjectMissing, Objects
-from services.finetune import fit, lineage, sql_models, tensors
+from services.finetune import fit, lineage, nearest, sql_models, tensors
 from services.finetune.lineage import ADAPTER, HEAD, MANIFEST, Signer
 from services.finetune.queries import Record
 from services.finetune.store import FineTuneStore
@@ -27,6 +27,7 @@ from services.finetune.store import FineTuneStore
 log = logging.getLogger(__name__)
 
 PART_BYTES = {ADAPTER: 2 << 30, HEAD: 64 << 20}  # at most
+INDEX_BYTES = 1 << 30  # of the rows' vectors
 PIECE_BYTES = 4 << 20  # of a tensor looked at once; a multiple of every number's size
 FIRST = "CREATED"
 ABANDONED = timedelta(hours=2)  # longer than a run's end takes, however often it is repeated
@@ -78,6 +79,22 @@ async def verify(objects: Objects, manifest: AdapterManifest, prefix: str, modul
         raise ArtifactRejected("head_labels")
     for part in parts.values():
         await _verify_part(objects, f"{prefix.rstrip('/')}/{part.name}", part, manifest, modules)
+    await _verify_index(objects, f"{prefix.rstrip('/')}/{nearest.FILE}", manifest)
+
+
+async def _verify_index(objects: Objects, path: str, manifest: AdapterManifest) -> None:
+    said = manifest.hyperparameters.get(nearest.KEY, "")
+    if not said:
+        return
+    if manifest.HasField("privacy"):
+        raise ArtifactRejected("index_private")  # who is near a text tells who is among the rows
+    try:
+        size = await objects.size(path)
+        if size is None or size > INDEX_BYTES:
+            raise ArtifactRejected("index_size")
+        await asyncio.to_thread(nearest.Index.read, await objects.get(path), said)
+    except (ObjectMissing, nearest.Misshapen):
+        raise ArtifactRejected("index") from None
 
 
 def lora_of(manifest: AdapterManifest) -> fit.Lora:
@@ -179,6 +196,8 @@ async def prepare(
     target = lineage.place(prepared.project_uid, prepared.signed.digest)
     for part in prepared.manifest.parts:
         await objects.copy(f"{prefix.rstrip('/')}/{part.name}", f"{target}/{part.name}")
+    if nearest.KEY in manifest.hyperparameters:
+        await objects.copy(f"{prefix.rstrip('/')}/{nearest.FILE}", f"{target}/{nearest.FILE}")
     await objects.put(f"{target}/{MANIFEST}", prepared.signed.envelope)
     return prepared
 

@@ -40,6 +40,7 @@ from services.finetune.launchers.job_manifest import Terms
 from services.finetune.launchers.local import LocalLauncher
 from services.finetune.lineage import Signer
 from services.finetune.model_erasure import ModelDependants
+from services.finetune.neighbours import Neighbours
 from services.finetune.queries import Record
 from services.finetune.reconciler import Reconciler
 from services.finetune.servicers import dataset, model, registry, training
@@ -259,7 +260,7 @@ async def finetune(
         attempts = TrainingServicer(store, objects, settings.jobs, signer, bases, changed, device)
         owed = await stack.enter_async_context(following(store, sql_charges.CHANNEL))
         stack.push_async_callback(attempts.close)
-        registered = RegistryServicer(store, feed, on_servable, owed, pause)
+        registered = RegistryServicer(store, feed, on_servable, owed, pause, Neighbours(objects))
         services: list[tuple[str, Callable[[Any], object]]] = [  # full name, and how it is added to the server
             (dataset.SERVICE, _adding(dataset_pb2_grpc.add_DatasetServiceServicer_to_server, datasets)),
             (model.SERVICE, _adding(model_pb2_grpc.add_ModelServiceServicer_to_server, models)),

@@ -89,8 +89,9 @@ class House:
     async def prepared(self, model: str = "titles", seed: int = 0, labels: Sequence[str] = (), **changed: Any) -> Prepared:
         parts = {ADAPTER: file(lora(seed))} | ({HEAD: file(head(labels, seed))} if labels else {})
         name = f"projects/{self.caller.project}/models/{model}"
-        said = manifest(self.caller.project_uid, name, parts, **({"labels": list(labels)} | changed))
-        prefix = await self.put(parts)
+        named = {key: value for key, value in changed.items() if key != "extra"}
+        said = manifest(self.caller.project_uid, name, parts, **({"labels": list(labels)} | named))
+        prefix = await self.put(parts | changed.pop("extra", {}))  # `extra`: stored beside the parts, and no part
         await publishing.verify(self.objects, said, prefix, MODULES)
         origin = Origin("JOB", changed.get("job") or str(uuid4()))
         return await publishing.prepare(self.store, self.objects, SIGNER, said, prefix, origin)

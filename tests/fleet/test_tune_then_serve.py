@@ -83,6 +83,17 @@ async def test_a_tuned_classifier_answers_from_every_replica(tiny: Fleet, tuned:
 
 
 @pytest.mark.timeout(240)
+async def test_a_training_row_is_its_own_nearest_example_for_whoever_may_read_rows(tiny: Fleet, tuned: Tuned) -> None:
+    lines = (DATA / "sentences.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    async with AsyncClient(tiny.address, tuned.key) as client:
+        first, *rest = await client.nearest(lines[5].split("\t")[1], model=tuned.version.name, top_k=4)
+        assert (first.dataset_version, first.row) == (tuned.data, 5) and first.similarity > 0.999
+        assert len(rest) == 3 and first.similarity >= rest[0].similarity >= rest[-1].similarity
+        with pytest.raises(errors.FailedPrecondition):  # a base has learnt no rows
+            await client.nearest("x", model="models/tiny")
+
+
+@pytest.mark.timeout(240)
 def test_the_same_rows_are_the_same_version_and_the_next_job_the_next(tiny: Fleet, tuned: Tuned) -> None:
     with Client(tiny.address, tuned.key) as client:
         again = tune(client, max_steps=1)

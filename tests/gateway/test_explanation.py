@@ -7,11 +7,16 @@ import grpc
 import pytest
 
 from argosy.v1 import content_pb2, explanation_pb2, language_pb2
+from argosy_internal.registry.v1 import registry_pb2
+from services.chassis.errors import ModelCapability
+from services.chassis.identity import CallerVerifier
 from services.chassis.status import error_info
+from services.gateway.finetune import AUDIENCE as FINETUNE
 from services.gateway.ledger import Outcome, Tariff
 from services.gateway.servicers.explanation import passes_of
-from tests.fakes.edge import caller, edge, metadata
+from tests.fakes.edge import KEY, caller, edge, metadata
 from tests.fakes.engine import CAPABILITIES, fake_engine
+from tests.fakes.finetune import fake_finetune
 
 CAN = (*CAPABILITIES, "EXPLAIN")
 LABELS = language_pb2.ZeroShotLabels(labels=["tech", "sport"])
@@ -85,6 +90,32 @@ async def test_neighbours_need_the_scope_of_the_rows_and_a_model_that_has_an_ind
         reason, said = await refused(at.explanation.FindNearestExamples(asked, metadata=metadata(), timeout=5))
         assert (reason, said["capability"]) == ("MODEL_CAPABILITY", "NEAREST_EXAMPLES")
         assert not at.ledger.reserved
+
+
+async def test_neighbours_are_found_for_a_version_by_the_vector_that_a_replica_gives() -> None:
+    version = "projects/acme/models/titles/versions/1"
+    async with (
+        fake_finetune(verifier=CallerVerifier({"k": KEY.public_key()}, FINETUNE)) as tuning,
+        fake_engine(capabilities=CAN) as engine,
+        edge(engine, finetune=tuning.address) as at,
+    ):
+        who = caller()
+        target = registry_pb2.ResolvedTarget(percent=100, base_model="models/fake", tuned_labels=["a", "b"])
+        target.model.CopyFrom(content_pb2.ServedModel(version=version, base_digest=engine.digest, adapter_digest="d" * 64))
+        tuning.names[who.project_uid, version] = registry_pb2.ResolveModelResponse(targets=[target])
+        row = explanation_pb2.NearestExample(dataset_version="projects/acme/datasets/d/versions/1", row=7, similarity=0.5)
+        tuning.replies["FindNearest"] = lambda asked: registry_pb2.FindNearestResponse(examples=[row] if asked.vector else [])
+        asked = explanation_pb2.FindNearestExamplesRequest(model=version, text="A chip", top_k=3)
+        reply = await at.explanation.FindNearestExamples(asked, metadata=metadata(), timeout=10)
+        assert list(reply.examples) == [row] and reply.model.version == version
+        before, found = tuning.of("FindNearest")
+        assert not before.request.vector and found.request.top_k == 3 and len(found.request.vector) % 4 == 0
+        assert found.caller is not None and "datasets.content" in found.caller.scopes and found.caller.project_uid == who.project_uid
+        ((_, settlement),) = at.ledger.settled.values()
+        assert settlement.outcome is Outcome.DONE
+        tuning.replies["FindNearest"] = ModelCapability("model", "NEAREST_EXAMPLES")
+        reason, _ = await refused(at.explanation.FindNearestExamples(asked, metadata=metadata(), timeout=10))
+        assert reason == "MODEL_CAPABILITY" and len(at.ledger.settled) == 1  # nothing more was billed
 
 
 def test_passes_grow_with_what_may_be_left_out() -> None:

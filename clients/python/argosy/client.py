@@ -401,6 +401,13 @@ class Client:
         request = requests.explain(text, label, labels=labels, continuation=continuation, cheap=cheap, unit=unit, model=model or self.model)
         return self.call(self.explanation.Explain, request, timeout_s=timeout_s)
 
+    def nearest(
+        self, text: str, *, top_k: int | None = None, model: str | None = None, timeout_s: float | None = None
+    ) -> Sequence[explanation_pb2.NearestExample]:
+        """The training rows of a tuned model that are most like a text, nearest first; the key needs `datasets.content`."""
+        request = explanation_pb2.FindNearestExamplesRequest(model=model or self.model, text=text, top_k=top_k)
+        return (self.call(self.explanation.FindNearestExamples, request, timeout_s=timeout_s)).examples
+
     # Tuning: the rest is in `datasets`, `jobs` and `registry`
 
     def tune(

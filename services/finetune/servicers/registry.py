@@ -8,11 +8,13 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from argosy.v1 import content_pb2, usage_pb2
+from argosy.v1.explanation_pb2 import NearestExample
 from argosy_internal.registry.v1 import registry_pb2 as pb
 from services.chassis import bounds
-from services.chassis.errors import EventSequenceAhead, ResourceNotFound, WrongState
-from services.finetune import lineage, sql_charges, sql_models
+from services.chassis.errors import EventSequenceAhead, ModelCapability, ResourceNotFound, ScopeMissing, WrongState
+from services.finetune import lineage, nearest, sql_charges, sql_models
 from services.finetune.feed import Feed
+from services.finetune.neighbours import CAPABILITY, Neighbours
 from services.finetune.queries import Record
 from services.finetune.servicers.model_shown import capabilities
 from services.finetune.servicers.resources import NUMBER, SEGMENT, caller, own
@@ -20,6 +22,7 @@ from services.finetune.store import FineTuneStore
 
 SERVICE = "argosy.internal.registry.v1.RegistryService"
 PAGE = 200  # events of one look
+CONTENT = "datasets.content"
 NAME = re.compile(rf"projects/({SEGMENT})/models/({SEGMENT})(?:/versions/({NUMBER})|/aliases/({SEGMENT}))?")
 METHODS = {"TRAINING": "/argosy.v1.FineTuneService/CreateFineTuneJob", "EVALUATION": "/argosy.v1.ModelService/CreateEvaluation"}
 VERSION = re.compile(rf"projects/({SEGMENT})/models/({SEGMENT})/versions/({NUMBER})")
@@ -45,9 +48,16 @@ class RegistryServicer:
     """argosy.internal.registry.v1.RegistryService."""
 
     def __init__(
-        self, store: FineTuneStore, feed: Feed, on_servable: OnServable = no_job_event, owed: Feed | None = None, pause: Pause = no_jobs
+        self,
+        store: FineTuneStore,
+        feed: Feed,
+        on_servable: OnServable = no_job_event,
+        owed: Feed | None = None,
+        pause: Pause = no_jobs,
+        neighbours: Neighbours | None = None,
     ) -> None:
-        """`owed` wakes who follows charges; None: only a slow look does."""
+        """`owed` wakes who follows charges; None: only a slow look does. `neighbours` None: no version has an index."""
+        self._neighbours = neighbours
         self._store = store
         self._feed = feed
         self._on_servable = on_servable
@@ -104,6 +114,30 @@ class RegistryServicer:
         async with self._store.transaction() as connection:
             paused = await self._pause(connection, caller().project_uid, request.key_uid)
         return pb.PauseJobsResponse(jobs=paused)
+
+    async def FindNearest(self, request: pb.FindNearestRequest, context: Any) -> pb.FindNearestResponse:
+        """Rows that a version learnt, by how like they are to a vector. Its row says that it is not erased, at each call."""
+        bounds.check(request)
+        segment, number = own(request.version, VERSION, "version")
+        who = caller()
+        if CONTENT not in who.scopes:
+            raise ScopeMissing(CONTENT)
+        async with self._store.transaction() as connection:
+            model = await sql_models.model(connection, who.project_uid, segment)
+            row = await sql_models.version(connection, who.project_uid, model["uid"], int(number)) if model else None
+        if row is None:
+            raise ResourceNotFound("version")
+        if row["state"] != "READY":
+            raise WrongState("version", row["state"])
+        manifest = lineage.from_json(row["manifest"])
+        train = next((each.dataset_version for each in manifest.datasets if each.use == "train"), "")
+        said = manifest.hyperparameters.get(nearest.KEY, "")
+        if self._neighbours is None or manifest.HasField("privacy") or not train:
+            raise ModelCapability("model", CAPABILITY)
+        where = lineage.place(who.project_uid, row["adapter_digest"])
+        found = await self._neighbours.find(where, said, request.vector, request.top_k)
+        rows = [NearestExample(dataset_version=train, row=number, similarity=likeness) for number, likeness in found]
+        return pb.FindNearestResponse(examples=rows)
 
     async def _followed(self, feed: Feed, at: int, last: Last, after: After) -> AsyncIterator[tuple[int, Record | None]]:
         """Rows behind a cursor, stored and then live, each with its sequence; None where all is sent, and whenever it is quiet."""

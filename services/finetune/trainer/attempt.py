@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save
 
 from services.chassis.objects import ObjectsUnavailable, SyncObjects
-from services.finetune.trainer import checkpoints, measures
+from services.finetune import nearest
+from services.finetune.trainer import checkpoints, measures, neighbours
 from services.finetune.trainer.control import (
     DONE,
     INPUT,
@@ -152,6 +153,7 @@ class Attempt:
         writer.wait()
         self._boundary(reporter, trainer, writer, seconds)
         outcome = self._outcome(claim, trainer, prepared, digest, fingerprint(self.directory, tokenizer, template), reporter)
+        outcome = replace(outcome, nearest=self._indexed(claim, trainer, prepared, tokenizer))
         reporter.flush()
         self.control.succeed(replace(outcome, seconds=seconds()))
         return DONE
@@ -281,6 +283,14 @@ class Attempt:
             epsilon=trainer.epsilon if isinstance(trainer, PrivateTrainer) else None,
             accountant="prv" if isinstance(trainer, PrivateTrainer) else "",
         )
+
+    def _indexed(self, claim: Claim, trainer: Trainer, prepared: Prepared, tokenizer: Tokenizer) -> str:
+        """Store vectors of the rows beside the result; what the manifest promises of them. A private run has none: it would tell."""
+        if claim.spec.privacy is not None or claim.spec.lora is None:
+            return ""
+        made = neighbours.index(trainer.base, tokenizer, prepared.learnt, claim.spec.seq_len, claim.spec.step_tokens)
+        self.objects.put(f"{claim.prefix}result/{nearest.FILE}", made)
+        return nearest.promise(made)
 
     @staticmethod
     def _numbers(trainer: Trainer, evaluation: Evaluation) -> dict[str, float]:

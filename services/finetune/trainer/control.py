@@ -162,6 +162,7 @@ class Outcome:
     precision: str = "float32"  # of products with frozen weights
     epsilon: float | None = None
     accountant: str = ""
+    nearest: str = ""  # what is promised of the index of its rows; empty: there is none
 
 
 class Control(Protocol):

@@ -1,13 +1,14 @@
 """Granted bytes as rows: digest first. What breaks a rule ends the run and names the line."""
 
 import hashlib
+from collections.abc import Sequence
 
 from services.chassis.objects import ObjectMissing, SyncObjects
 from services.finetune.rows import Row, read_rows
 from services.finetune.splits import split
 from services.finetune.trainer.control import Claim, Failure, Grant
 
-__all__ = ["Unusable", "divided", "granted"]
+__all__ = ["Unusable", "divided", "granted", "numbered"]
 
 
 class Unusable(Exception):
@@ -28,6 +29,13 @@ def divided(objects: SyncObjects, claim: Claim) -> tuple[list[Row], list[Row]]:
         learnt, measured = split([row.digest for row in rows], [row.label for row in rows], spec.validation_fraction, spec.seed)
         rows, held = [rows[at] for at in learnt], [rows[at] for at in measured]
     return rows, held
+
+
+def numbered(learnt: Sequence[Row], held: Sequence[Row], apart: bool) -> list[tuple[int, Row]]:
+    """The learnt rows with their numbers in their file, from 0; `apart`: the held ones are of another file."""
+    places = sorted(row.byte_offset for row in (learnt if apart else [*learnt, *held]))
+    number = {offset: at for at, offset in enumerate(places)}
+    return [(number[row.byte_offset], row) for row in learnt]
 
 
 def granted(objects: SyncObjects, grant: Grant) -> list[Row]:

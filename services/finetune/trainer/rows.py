@@ -7,7 +7,7 @@ from services.chassis.objects import SyncObjects
 from services.finetune.rows import Row, Turn
 from services.finetune.trainer.batches import Example
 from services.finetune.trainer.control import Claim, Failure, Warned
-from services.finetune.trainer.grants import Unusable, divided
+from services.finetune.trainer.grants import Unusable, divided, numbered
 from services.finetune.trainer.rendering import Renderer
 from services.finetune.trainer.spec import Method, Spec
 from services.pretrained.templates import TemplateRefused
@@ -23,12 +23,14 @@ class Prepared:
     validation: tuple[Example, ...]
     labels: tuple[str, ...]
     warnings: tuple[Warned, ...]
+    learnt: tuple[tuple[int, Row], ...] = ()  # the rows to learn from, with their numbers in the version
 
 
 def prepare(objects: SyncObjects, claim: Claim, renderer: Renderer) -> Prepared:
     """Read, split, render. Raises Unusable, and ObjectsUnavailable where the store cannot be reached."""
     spec = claim.spec
     rows, held = divided(objects, claim)
+    learnt = tuple(numbered(rows, held, claim.validation is not None)) if spec.privacy is None else ()
     labels = tuple(sorted({row.label for row in rows})) if spec.method is Method.CLASSIFY else ()
     warnings: list[Warned] = []
     unknown = [row for row in held if labels and row.label not in labels]
@@ -39,7 +41,7 @@ def prepare(objects: SyncObjects, claim: Claim, renderer: Renderer) -> Prepared:
     validation = _examples(held, spec, labels, renderer, warnings)
     if not train:
         raise Unusable(Failure("DATA_INVALID", "V9.none_left"))
-    return Prepared(tuple(train), tuple(validation), labels, tuple(warnings))
+    return Prepared(tuple(train), tuple(validation), labels, tuple(warnings), learnt)
 
 
 def _examples(rows: list[Row], spec: Spec, labels: tuple[str, ...], renderer: Renderer, warnings: list[Warned]) -> list[Example]:

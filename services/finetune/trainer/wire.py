@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import random
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from grpc_status import rpc_status
 
 from argosy.v1 import dataset_pb2, finetune_pb2
 from argosy_internal.training.v1 import training_pb2, training_pb2_grpc
+from services.chassis.certificates import Certificates
 from services.chassis.channel import ENGINE, PlaintextRefused, is_local
+from services.finetune import nearest
 from services.finetune.rows import Layout
 from services.finetune.trainer.control import (
     Action,
@@ -57,20 +60,19 @@ class WireControl:
         attempt: int,
         token: str | Path,
         *,
-        credentials: grpc.ChannelCredentials | None = None,
+        certificates: Certificates | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
         """`token` goes with every call, read from its file if it is one: a cluster renews it there.
 
-        Raises PlaintextRefused for another machine without `credentials`.
+        Raises PlaintextRefused for another machine without `certificates`, which may be renewed while the run goes on.
         """
-        if credentials is None and not is_local(address):
+        if certificates is None and not is_local(address):
             raise PlaintextRefused("send a job's token to", address)
-        options = list(ENGINE.items())
-        self._channel = (
-            grpc.insecure_channel(address, options) if credentials is None else grpc.secure_channel(address, credentials, options)
-        )
-        self._stub = training_pb2_grpc.TrainingServiceStub(self._channel)
+        self._address, self._certificates, self._version = address, certificates, 0
+        self._channels: list[grpc.Channel] = []
+        self._lock = threading.Lock()
+        self._connect()
         self._token = token
         self._job, self._attempt, self._patience_s = job, attempt, patience_s
         self._nonce = str(uuid.uuid4())
@@ -78,14 +80,27 @@ class WireControl:
         self._claimed: training_pb2.ClaimRunResponse | None = None
         self._targeted = 0
 
+    def _connect(self) -> None:
+        """A channel with what the certificate files hold now. The one before it serves the calls that run on it; older ones are closed."""
+        options: list[tuple[str, Any]] = list(ENGINE.items())
+        if self._certificates is None:
+            self._channels.append(grpc.insecure_channel(self._address, options))
+        else:
+            self._version = self._certificates.look()
+            self._channels.append(grpc.secure_channel(self._address, self._certificates.channel_credentials(), options))
+        while len(self._channels) > 2:
+            self._channels.pop(0).close()
+        self._stub = training_pb2_grpc.TrainingServiceStub(self._channels[-1])
+
     def close(self) -> None:
         """Close the connection."""
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def claim(self) -> Claim:
         """See Control. Raises ValueError for a spec that this trainer cannot read."""
         request = training_pb2.ClaimRunRequest(job=self._job, attempt=self._attempt, nonce=self._nonce, trainer_version=code_version())
-        reply = self._call(self._stub.ClaimRun, request)
+        reply = self._call(lambda: self._stub.ClaimRun, request)
         self._fence, self._claimed = reply.fence, reply
         return Claim(
             job=self._job,
@@ -127,7 +142,7 @@ class WireControl:
                 request.target_reason = training_pb2.TARGET_REASON_EARLY_STOPPED
         if report.epsilon_charged is not None:
             request.epsilon_charged = report.epsilon_charged
-        reply = self._call(self._stub.ReportProgress, request)
+        reply = self._call(lambda: self._stub.ReportProgress, request)
         self._targeted = report.target_step or self._targeted
         return _action(reply.action)
 
@@ -139,7 +154,7 @@ class WireControl:
             manifest=json_format.Parse(manifest, training_pb2.CheckpointManifest()),
             manifest_digest=hashlib.sha256(manifest).hexdigest(),
         )
-        return _action(self._call(self._stub.CommitCheckpoint, request).action)
+        return _action(self._call(lambda: self._stub.CommitCheckpoint, request).action)
 
     def succeed(self, outcome: Outcome) -> None:
         """See Control."""
@@ -167,7 +182,9 @@ class WireControl:
                 for use, grant in grants
             ],
             seed=spec.seed,
-            hyperparameters=_hyperparameters(spec) | {"precision": outcome.precision},
+            hyperparameters=_hyperparameters(spec)
+            | {"precision": outcome.precision}
+            | ({nearest.KEY: outcome.nearest} if outcome.nearest else {}),
             metrics={name: _bounded(value) for name, value in outcome.metrics.items()},
             job=self._job,
             attempt=self._attempt,
@@ -203,14 +220,23 @@ class WireControl:
 
     def _complete(self, request: training_pb2.CompleteRunRequest) -> None:
         request.job, request.fence = self._job, self._fence
-        self._call(self._stub.CompleteRun, request)
+        self._call(lambda: self._stub.CompleteRun, request)
 
-    def _call(self, method: Callable[..., R], request: Message) -> R:
+    def _renewed(self) -> None:
+        """Use the certificate that is there now."""
+        if self._certificates is None:
+            return
+        with self._lock:
+            if self._certificates.look() != self._version:
+                self._connect()
+
+    def _call(self, method: Callable[[], Callable[..., R]], request: Message) -> R:
         """Repeat until answered. Raises Fenced where the run is another's, Refused, Unanswered when patience ends, and RpcError else."""
         began, pause_s = time.monotonic(), 0.1
         while True:
             try:
-                return method(request, timeout=CALL_S, metadata=(("authorization", f"Bearer {self._shown()}"),))
+                self._renewed()
+                return method()(request, timeout=CALL_S, metadata=(("authorization", f"Bearer {self._shown()}"),))
             except grpc.RpcError as error:
                 code = error.code()
                 if code in _LOST or (code is grpc.StatusCode.ABORTED and _reason(error) == "WORKER_FENCED"):

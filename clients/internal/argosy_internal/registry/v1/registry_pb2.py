@@ -23,55 +23,60 @@ _sym_db = _symbol_database.Default()
 
 
 from argosy.v1 import content_pb2 as argosy_dot_v1_dot_content__pb2
+from argosy.v1 import explanation_pb2 as argosy_dot_v1_dot_explanation__pb2
 from argosy.v1 import model_pb2 as argosy_dot_v1_dot_model__pb2
 from argosy.v1 import usage_pb2 as argosy_dot_v1_dot_usage__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*argosy_internal/registry/v1/registry.proto\x12\x1b\x61rgosy.internal.registry.v1\x1a\x17\x61rgosy/v1/content.proto\x1a\x15\x61rgosy/v1/model.proto\x1a\x15\x61rgosy/v1/usage.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"#\n\x13ResolveModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xb5\x01\n\x0eResolvedTarget\x12\x0f\n\x07percent\x18\x01 \x01(\r\x12%\n\x05model\x18\x02 \x01(\x0b\x32\x16.argosy.v1.ServedModel\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x30\n\x0c\x63\x61pabilities\x18\x04 \x03(\x0e\x32\x1a.argosy.v1.ModelCapability\x12\x14\n\x0ctuned_labels\x18\x05 \x03(\t\x12\x0f\n\x07private\x18\x06 \x01(\x08\"u\n\x14ResolveModelResponse\x12<\n\x07targets\x18\x01 \x03(\x0b\x32+.argosy.internal.registry.v1.ResolvedTarget\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\".\n\x14WatchVersionsRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\"\xb6\x01\n\x0cVersionReady\x12\x13\n\x0bproject_uid\x18\x01 \x01(\t\x12\x0f\n\x07project\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x05 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x06 \x01(\t\x12.\n\nready_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"?\n\nAliasMoved\x12\x13\n\x0bproject_uid\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05\x61lias\x18\x03 \x01(\t\"r\n\rVersionErased\x12\x13\n\x0bproject_uid\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\x12\x0f\n\x07project\x18\x05 \x01(\t\"\x11\n\x0fVersionBookmark\"\x9f\x02\n\x0cVersionEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12:\n\x05ready\x18\x02 \x01(\x0b\x32).argosy.internal.registry.v1.VersionReadyH\x00\x12\x38\n\x05moved\x18\x03 \x01(\x0b\x32\'.argosy.internal.registry.v1.AliasMovedH\x00\x12<\n\x06\x65rased\x18\x04 \x01(\x0b\x32*.argosy.internal.registry.v1.VersionErasedH\x00\x12@\n\x08\x62ookmark\x18\x05 \x01(\x0b\x32,.argosy.internal.registry.v1.VersionBookmarkH\x00\x42\x07\n\x05\x65vent\"c\n\x15ReportServableRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\'\n\x04load\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\'\n\x16ReportServableResponse\x12\r\n\x05\x66irst\x18\x01 \x01(\x08\"-\n\x13WatchChargesRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\"\xaf\x02\n\x06\x43harge\x12\x13\n\x0bproject_uid\x18\x01 \x01(\t\x12\x0f\n\x07project\x18\x02 \x01(\t\x12\x0f\n\x07key_uid\x18\x03 \x01(\t\x12\x10\n\x08work_uid\x18\x04 \x01(\t\x12\x0e\n\x06number\x18\x05 \x01(\r\x12\x0e\n\x06method\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x1d\n\x04\x63ost\x18\t \x01(\x0b\x32\x0f.argosy.v1.Cost\x12\x16\n\x0e\x64\x65vice_seconds\x18\n \x01(\x01\x12;\n\x07outcome\x18\x0b \x01(\x0e\x32*.argosy.internal.registry.v1.ChargeOutcome\x12(\n\x04time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x10\n\x0e\x43hargeBookmark\"\xa0\x01\n\x0b\x43hargeEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x35\n\x06\x63harge\x18\x02 \x01(\x0b\x32#.argosy.internal.registry.v1.ChargeH\x00\x12?\n\x08\x62ookmark\x18\x03 \x01(\x0b\x32+.argosy.internal.registry.v1.ChargeBookmarkH\x00\x42\x07\n\x05\x65vent\"#\n\x10PauseJobsRequest\x12\x0f\n\x07key_uid\x18\x01 \x01(\t\"!\n\x11PauseJobsResponse\x12\x0c\n\x04jobs\x18\x01 \x01(\r*\x9e\x01\n\rChargeOutcome\x12\x1e\n\x1a\x43HARGE_OUTCOME_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43HARGE_OUTCOME_DONE\x10\x01\x12\x1c\n\x18\x43HARGE_OUTCOME_CANCELLED\x10\x02\x12\x1b\n\x17\x43HARGE_OUTCOME_DEADLINE\x10\x03\x12\x19\n\x15\x43HARGE_OUTCOME_FAILED\x10\x04\x32\xcc\x04\n\x0fRegistryService\x12s\n\x0cResolveModel\x12\x30.argosy.internal.registry.v1.ResolveModelRequest\x1a\x31.argosy.internal.registry.v1.ResolveModelResponse\x12o\n\rWatchVersions\x12\x31.argosy.internal.registry.v1.WatchVersionsRequest\x1a).argosy.internal.registry.v1.VersionEvent0\x01\x12y\n\x0eReportServable\x12\x32.argosy.internal.registry.v1.ReportServableRequest\x1a\x33.argosy.internal.registry.v1.ReportServableResponse\x12l\n\x0cWatchCharges\x12\x30.argosy.internal.registry.v1.WatchChargesRequest\x1a(.argosy.internal.registry.v1.ChargeEvent0\x01\x12j\n\tPauseJobs\x12-.argosy.internal.registry.v1.PauseJobsRequest\x1a..argosy.internal.registry.v1.PauseJobsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*argosy_internal/registry/v1/registry.proto\x12\x1b\x61rgosy.internal.registry.v1\x1a\x17\x61rgosy/v1/content.proto\x1a\x1b\x61rgosy/v1/explanation.proto\x1a\x15\x61rgosy/v1/model.proto\x1a\x15\x61rgosy/v1/usage.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"#\n\x13ResolveModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xb5\x01\n\x0eResolvedTarget\x12\x0f\n\x07percent\x18\x01 \x01(\r\x12%\n\x05model\x18\x02 \x01(\x0b\x32\x16.argosy.v1.ServedModel\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x30\n\x0c\x63\x61pabilities\x18\x04 \x03(\x0e\x32\x1a.argosy.v1.ModelCapability\x12\x14\n\x0ctuned_labels\x18\x05 \x03(\t\x12\x0f\n\x07private\x18\x06 \x01(\x08\"u\n\x14ResolveModelResponse\x12<\n\x07targets\x18\x01 \x03(\x0b\x32+.argosy.internal.registry.v1.ResolvedTarget\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\".\n\x14WatchVersionsRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\"\xb6\x01\n\x0cVersionReady\x12\x13\n\x0bproject_uid\x18\x01 \x01(\t\x12\x0f\n\x07project\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x05 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x06 \x01(\t\x12.\n\nready_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"?\n\nAliasMoved\x12\x13\n\x0bproject_uid\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05\x61lias\x18\x03 \x01(\t\"r\n\rVersionErased\x12\x13\n\x0bproject_uid\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\x12\x0f\n\x07project\x18\x05 \x01(\t\"\x11\n\x0fVersionBookmark\"\x9f\x02\n\x0cVersionEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12:\n\x05ready\x18\x02 \x01(\x0b\x32).argosy.internal.registry.v1.VersionReadyH\x00\x12\x38\n\x05moved\x18\x03 \x01(\x0b\x32\'.argosy.internal.registry.v1.AliasMovedH\x00\x12<\n\x06\x65rased\x18\x04 \x01(\x0b\x32*.argosy.internal.registry.v1.VersionErasedH\x00\x12@\n\x08\x62ookmark\x18\x05 \x01(\x0b\x32,.argosy.internal.registry.v1.VersionBookmarkH\x00\x42\x07\n\x05\x65vent\"c\n\x15ReportServableRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\'\n\x04load\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\'\n\x16ReportServableResponse\x12\r\n\x05\x66irst\x18\x01 \x01(\x08\"-\n\x13WatchChargesRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\"\xaf\x02\n\x06\x43harge\x12\x13\n\x0bproject_uid\x18\x01 \x01(\t\x12\x0f\n\x07project\x18\x02 \x01(\t\x12\x0f\n\x07key_uid\x18\x03 \x01(\t\x12\x10\n\x08work_uid\x18\x04 \x01(\t\x12\x0e\n\x06number\x18\x05 \x01(\r\x12\x0e\n\x06method\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x1d\n\x04\x63ost\x18\t \x01(\x0b\x32\x0f.argosy.v1.Cost\x12\x16\n\x0e\x64\x65vice_seconds\x18\n \x01(\x01\x12;\n\x07outcome\x18\x0b \x01(\x0e\x32*.argosy.internal.registry.v1.ChargeOutcome\x12(\n\x04time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x10\n\x0e\x43hargeBookmark\"\xa0\x01\n\x0b\x43hargeEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x35\n\x06\x63harge\x18\x02 \x01(\x0b\x32#.argosy.internal.registry.v1.ChargeH\x00\x12?\n\x08\x62ookmark\x18\x03 \x01(\x0b\x32+.argosy.internal.registry.v1.ChargeBookmarkH\x00\x42\x07\n\x05\x65vent\"#\n\x10PauseJobsRequest\x12\x0f\n\x07key_uid\x18\x01 \x01(\t\"!\n\x11PauseJobsResponse\x12\x0c\n\x04jobs\x18\x01 \x01(\r\"D\n\x12\x46indNearestRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06vector\x18\x02 \x01(\x0c\x12\r\n\x05top_k\x18\x03 \x01(\r\"B\n\x13\x46indNearestResponse\x12+\n\x08\x65xamples\x18\x01 \x03(\x0b\x32\x19.argosy.v1.NearestExample*\x9e\x01\n\rChargeOutcome\x12\x1e\n\x1a\x43HARGE_OUTCOME_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43HARGE_OUTCOME_DONE\x10\x01\x12\x1c\n\x18\x43HARGE_OUTCOME_CANCELLED\x10\x02\x12\x1b\n\x17\x43HARGE_OUTCOME_DEADLINE\x10\x03\x12\x19\n\x15\x43HARGE_OUTCOME_FAILED\x10\x04\x32\xbe\x05\n\x0fRegistryService\x12s\n\x0cResolveModel\x12\x30.argosy.internal.registry.v1.ResolveModelRequest\x1a\x31.argosy.internal.registry.v1.ResolveModelResponse\x12o\n\rWatchVersions\x12\x31.argosy.internal.registry.v1.WatchVersionsRequest\x1a).argosy.internal.registry.v1.VersionEvent0\x01\x12y\n\x0eReportServable\x12\x32.argosy.internal.registry.v1.ReportServableRequest\x1a\x33.argosy.internal.registry.v1.ReportServableResponse\x12l\n\x0cWatchCharges\x12\x30.argosy.internal.registry.v1.WatchChargesRequest\x1a(.argosy.internal.registry.v1.ChargeEvent0\x01\x12j\n\tPauseJobs\x12-.argosy.internal.registry.v1.PauseJobsRequest\x1a..argosy.internal.registry.v1.PauseJobsResponse\x12p\n\x0b\x46indNearest\x12/.argosy.internal.registry.v1.FindNearestRequest\x1a\x30.argosy.internal.registry.v1.FindNearestResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'argosy_internal.registry.v1.registry_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHARGEOUTCOME']._serialized_start=2023
-  _globals['_CHARGEOUTCOME']._serialized_end=2181
-  _globals['_RESOLVEMODELREQUEST']._serialized_start=211
-  _globals['_RESOLVEMODELREQUEST']._serialized_end=246
-  _globals['_RESOLVEDTARGET']._serialized_start=249
-  _globals['_RESOLVEDTARGET']._serialized_end=430
-  _globals['_RESOLVEMODELRESPONSE']._serialized_start=432
-  _globals['_RESOLVEMODELRESPONSE']._serialized_end=549
-  _globals['_WATCHVERSIONSREQUEST']._serialized_start=551
-  _globals['_WATCHVERSIONSREQUEST']._serialized_end=597
-  _globals['_VERSIONREADY']._serialized_start=600
-  _globals['_VERSIONREADY']._serialized_end=782
-  _globals['_ALIASMOVED']._serialized_start=784
-  _globals['_ALIASMOVED']._serialized_end=847
-  _globals['_VERSIONERASED']._serialized_start=849
-  _globals['_VERSIONERASED']._serialized_end=963
-  _globals['_VERSIONBOOKMARK']._serialized_start=965
-  _globals['_VERSIONBOOKMARK']._serialized_end=982
-  _globals['_VERSIONEVENT']._serialized_start=985
-  _globals['_VERSIONEVENT']._serialized_end=1272
-  _globals['_REPORTSERVABLEREQUEST']._serialized_start=1274
-  _globals['_REPORTSERVABLEREQUEST']._serialized_end=1373
-  _globals['_REPORTSERVABLERESPONSE']._serialized_start=1375
-  _globals['_REPORTSERVABLERESPONSE']._serialized_end=1414
-  _globals['_WATCHCHARGESREQUEST']._serialized_start=1416
-  _globals['_WATCHCHARGESREQUEST']._serialized_end=1461
-  _globals['_CHARGE']._serialized_start=1464
-  _globals['_CHARGE']._serialized_end=1767
-  _globals['_CHARGEBOOKMARK']._serialized_start=1769
-  _globals['_CHARGEBOOKMARK']._serialized_end=1785
-  _globals['_CHARGEEVENT']._serialized_start=1788
-  _globals['_CHARGEEVENT']._serialized_end=1948
-  _globals['_PAUSEJOBSREQUEST']._serialized_start=1950
-  _globals['_PAUSEJOBSREQUEST']._serialized_end=1985
-  _globals['_PAUSEJOBSRESPONSE']._serialized_start=1987
-  _globals['_PAUSEJOBSRESPONSE']._serialized_end=2020
-  _globals['_REGISTRYSERVICE']._serialized_start=2184
-  _globals['_REGISTRYSERVICE']._serialized_end=2772
+  _globals['_CHARGEOUTCOME']._serialized_start=2190
+  _globals['_CHARGEOUTCOME']._serialized_end=2348
+  _globals['_RESOLVEMODELREQUEST']._serialized_start=240
+  _globals['_RESOLVEMODELREQUEST']._serialized_end=275
+  _globals['_RESOLVEDTARGET']._serialized_start=278
+  _globals['_RESOLVEDTARGET']._serialized_end=459
+  _globals['_RESOLVEMODELRESPONSE']._serialized_start=461
+  _globals['_RESOLVEMODELRESPONSE']._serialized_end=578
+  _globals['_WATCHVERSIONSREQUEST']._serialized_start=580
+  _globals['_WATCHVERSIONSREQUEST']._serialized_end=626
+  _globals['_VERSIONREADY']._serialized_start=629
+  _globals['_VERSIONREADY']._serialized_end=811
+  _globals['_ALIASMOVED']._serialized_start=813
+  _globals['_ALIASMOVED']._serialized_end=876
+  _globals['_VERSIONERASED']._serialized_start=878
+  _globals['_VERSIONERASED']._serialized_end=992
+  _globals['_VERSIONBOOKMARK']._serialized_start=994
+  _globals['_VERSIONBOOKMARK']._serialized_end=1011
+  _globals['_VERSIONEVENT']._serialized_start=1014
+  _globals['_VERSIONEVENT']._serialized_end=1301
+  _globals['_REPORTSERVABLEREQUEST']._serialized_start=1303
+  _globals['_REPORTSERVABLEREQUEST']._serialized_end=1402
+  _globals['_REPORTSERVABLERESPONSE']._serialized_start=1404
+  _globals['_REPORTSERVABLERESPONSE']._serialized_end=1443
+  _globals['_WATCHCHARGESREQUEST']._serialized_start=1445
+  _globals['_WATCHCHARGESREQUEST']._serialized_end=1490
+  _globals['_CHARGE']._serialized_start=1493
+  _globals['_CHARGE']._serialized_end=1796
+  _globals['_CHARGEBOOKMARK']._serialized_start=1798
+  _globals['_CHARGEBOOKMARK']._serialized_end=1814
+  _globals['_CHARGEEVENT']._serialized_start=1817
+  _globals['_CHARGEEVENT']._serialized_end=1977
+  _globals['_PAUSEJOBSREQUEST']._serialized_start=1979
+  _globals['_PAUSEJOBSREQUEST']._serialized_end=2014
+  _globals['_PAUSEJOBSRESPONSE']._serialized_start=2016
+  _globals['_PAUSEJOBSRESPONSE']._serialized_end=2049
+  _globals['_FINDNEARESTREQUEST']._serialized_start=2051
+  _globals['_FINDNEARESTREQUEST']._serialized_end=2119
+  _globals['_FINDNEARESTRESPONSE']._serialized_start=2121
+  _globals['_FINDNEARESTRESPONSE']._serialized_end=2187
+  _globals['_REGISTRYSERVICE']._serialized_start=2351
+  _globals['_REGISTRYSERVICE']._serialized_end=3053
 # @@protoc_insertion_point(module_scope)

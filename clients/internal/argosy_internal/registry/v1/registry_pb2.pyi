@@ -6,6 +6,7 @@ Gateway to finetune: which adapter a name means now, and what to load where. Eac
 """
 
 from argosy.v1 import content_pb2 as _content_pb2
+from argosy.v1 import explanation_pb2 as _explanation_pb2
 from argosy.v1 import model_pb2 as _model_pb2
 from argosy.v1 import usage_pb2 as _usage_pb2
 from collections import abc as _abc
@@ -605,3 +606,57 @@ class PauseJobsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PauseJobsResponse: _TypeAlias = PauseJobsResponse  # noqa: Y015
+
+@_typing.final
+class FindNearestRequest(_message.Message):
+    """What to find neighbours of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    VECTOR_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """Resource name of the version; 1..512 bytes. Required."""
+    vector: _builtins.bytes
+    """The text as the version embeds it: little-endian float32; ≤65,536 bytes. Empty: only whether it can be asked."""
+    top_k: _builtins.int
+    """Rows returned, nearest first; 0..50. Unset: 0, none."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        vector: _builtins.bytes = ...,
+        top_k: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["top_k", b"top_k", "vector", b"vector", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindNearestRequest: _TypeAlias = FindNearestRequest  # noqa: Y015
+
+@_typing.final
+class FindNearestResponse(_message.Message):
+    """The rows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def examples(self) -> _containers.RepeatedCompositeFieldContainer[_explanation_pb2.NearestExample]:
+        """Nearest first."""
+
+    def __init__(
+        self,
+        *,
+        examples: _abc.Iterable[_explanation_pb2.NearestExample] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindNearestResponse: _TypeAlias = FindNearestResponse  # noqa: Y015

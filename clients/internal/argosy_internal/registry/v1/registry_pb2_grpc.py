@@ -60,6 +60,11 @@ class RegistryServiceStub:
                 request_serializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.PauseJobsRequest.SerializeToString,
                 response_deserializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.PauseJobsResponse.FromString,
                 _registered_method=True)
+        self.FindNearest = channel.unary_unary(
+                '/argosy.internal.registry.v1.RegistryService/FindNearest',
+                request_serializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.FindNearestRequest.SerializeToString,
+                response_deserializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.FindNearestResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer:
@@ -102,6 +107,13 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindNearest(self, request, context):
+        """The training rows of a version nearest to a vector. The caller has scope `datasets.content`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +141,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.PauseJobs,
                     request_deserializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.PauseJobsRequest.FromString,
                     response_serializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.PauseJobsResponse.SerializeToString,
+            ),
+            'FindNearest': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindNearest,
+                    request_deserializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.FindNearestRequest.FromString,
+                    response_serializer=argosy__internal_dot_registry_dot_v1_dot_registry__pb2.FindNearestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +284,33 @@ class RegistryService:
             '/argosy.internal.registry.v1.RegistryService/PauseJobs',
             argosy__internal_dot_registry_dot_v1_dot_registry__pb2.PauseJobsRequest.SerializeToString,
             argosy__internal_dot_registry_dot_v1_dot_registry__pb2.PauseJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindNearest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/argosy.internal.registry.v1.RegistryService/FindNearest',
+            argosy__internal_dot_registry_dot_v1_dot_registry__pb2.FindNearestRequest.SerializeToString,
+            argosy__internal_dot_registry_dot_v1_dot_registry__pb2.FindNearestResponse.FromString,
             options,
             channel_credentials,
             insecure,

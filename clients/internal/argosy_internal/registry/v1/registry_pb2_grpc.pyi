@@ -47,6 +47,8 @@ class RegistryServiceStub:
     """A project, or a key, has used up its day: its jobs pause at COST_LIMIT. Safe to repeat. The caller is of its project and has scope
     `fleet`.
     """
+    FindNearest: _grpc.UnaryUnaryMultiCallable[_registry_pb2.FindNearestRequest, _registry_pb2.FindNearestResponse]
+    """The training rows of a version nearest to a vector. The caller has scope `datasets.content`."""
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
@@ -65,6 +67,8 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     """A project, or a key, has used up its day: its jobs pause at COST_LIMIT. Safe to repeat. The caller is of its project and has scope
     `fleet`.
     """
+    FindNearest: _aio.UnaryUnaryMultiCallable[_registry_pb2.FindNearestRequest, _registry_pb2.FindNearestResponse]  # type: ignore[assignment]
+    """The training rows of a version nearest to a vector. The caller has scope `datasets.content`."""
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     """What finetune tells every gateway."""
@@ -110,5 +114,13 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         """A project, or a key, has used up its day: its jobs pause at COST_LIMIT. Safe to repeat. The caller is of its project and has scope
         `fleet`.
         """
+
+    @_abc_1.abstractmethod
+    def FindNearest(
+        self,
+        request: _registry_pb2.FindNearestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.FindNearestResponse, _abc.Awaitable[_registry_pb2.FindNearestResponse]]:
+        """The training rows of a version nearest to a vector. The caller has scope `datasets.content`."""
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
