@@ -9,7 +9,7 @@ MODEL ?= default
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fleet test unit check protos bench bench-vllm bench-served bench-tune images clean
+.PHONY: help setup demo fleet cluster cluster-down charts test unit check protos bench bench-vllm bench-served bench-tune images clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -29,9 +29,18 @@ demo: $(STAMP)  ## start the fleet on real weights and show its main job
 fleet: $(STAMP)  ## the same fleet, staying up
 	@$(BIN)/python -m services.fleet
 
+cluster: $(STAMP)  ## Argosy by helm on a Kubernetes of its own (root; built once from packages) or a lent one; VALUES=my.yaml
+	@$(BIN)/python -m tools.cluster install $(if $(VALUES),--values $(VALUES))
+
+cluster-down: $(STAMP)  ## end that cluster and leave nothing
+	@$(BIN)/python -m tools.cluster down --release
+
+charts: $(STAMP)  ## render the charts: goldens, schemas, refusals
+	$(BIN)/python -m pytest tests/deploy/render
+
 test: $(STAMP) check unit  ## all checks and all tests: what CI runs
 
-unit: $(STAMP)  ## all tests
+unit: $(STAMP)  ## all tests; those of clusters need what docs/adr/0016 lists, or ARGOSY_REQUIRE_TIERS=0,1 fails without it
 	$(BIN)/python -m pytest
 
 check: $(STAMP)  ## ruff, mypy, import contracts, buf lint and breaking, stub drift

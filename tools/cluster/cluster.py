@@ -47,6 +47,11 @@ class Cluster:
         self.processes = Processes(folder)
 
     @property
+    def installed(self) -> Path:
+        """Where what is installed on it keeps itself."""
+        return self.folder / "installed"
+
+    @property
     def facts(self) -> Facts | None:
         """What it is, or None where it is not (completely) up."""
         try:
@@ -88,6 +93,8 @@ class Cluster:
         # The store goes with the cluster, so nobody needs to end in order; and an API server with open watches takes a minute to.
         # The first process of a room takes everything in the room with it.
         for process in sorted(self.processes.all(), key=lambda process: process.name != "room"):
+            process.stop()
+        for process in Processes(self.installed).all():
             process.stop()
         if (self.folder / "cgroup").exists():
             cgroups.remove((self.folder / "cgroup").read_text())

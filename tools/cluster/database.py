@@ -27,7 +27,7 @@ async def serve(folder: Path, address: str) -> None:
     async with embedded_postgres(folder / "data", options):
         password = (folder / "data" / "password").read_text()
         fresh = folder / "url.new"
-        fresh.write_text(f"postgresql+asyncpg://{USER}:{password}@{address}:{PORT}/{DATABASE}")
+        fresh.write_text(f"postgresql://{USER}:{password}@{address}:{PORT}/{DATABASE}")
         os.replace(fresh, folder / "url")
         await ended.wait()
 

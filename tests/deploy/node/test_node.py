@@ -118,7 +118,7 @@ def test_pod_has_names_services_database_volumes_and_is_reached(node: Reach, nam
 
 
 async def test_database_is_reached_from_here_and_asks_for_its_password(node: Reach) -> None:
-    url = node.facts.database_url.replace("+asyncpg", "")
+    url = node.facts.database_url
     connection = await asyncpg.connect(url)
     assert await connection.fetchval("SELECT 1") == 1
     await connection.close()
