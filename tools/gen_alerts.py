@@ -93,6 +93,7 @@ class Alert:
     summary: str
 
 
+STUCK = "UNSCHEDULABLE|IMAGE|NO_POD|NODE_LOST|LAUNCHER_AWAY|LAUNCHER_REFUSED"  # not SUSPENDED, as in a queue, nor STARTING
 WAITING = by("sum", "namespace", ours("argosy.queue.length"))
 REFUSED = grown("argosy.queue.refused", "namespace", "5m")
 SHED = rate("argosy.queue.refused", "namespace", argosy_reason="SHED")
@@ -134,7 +135,7 @@ ALERTS: Sequence[Alert] = (
         "{{ $labels.pod }} has heard nothing of the cluster for {{ $value | humanizeDuration }}.",
     ),
     Alert(
-        "WaitingForNode", "ticket", "15m", f"{by('max', 'namespace, argosy_reason', ours('argosy.attempt.waiting'))} > 0",
+        "WaitingForNode", "ticket", "15m", f"{by('max', 'namespace, argosy_reason', ours('argosy.attempt.waiting', argosy_reason=STUCK))} > 0",
         "{{ $value }} training attempts wait for a node ({{ $labels.argosy_reason }}).",
     ),
     Alert("AttemptsSpent", "ticket", "0m", f"{SPENT} > 0", "A tuning job failed because its attempts kept ending without progress."),
