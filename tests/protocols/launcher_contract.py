@@ -26,7 +26,7 @@ class Ground(Protocol):
 
 def attempt(number: int = 1, uid: str = "", digest: str = "d") -> Attempt:
     uid = uid or str(uuid4())
-    return Attempt(attempt_name(uid, number), uid, number, "00000000-0000-4000-8000-000000000001", "models/tiny", "token", digest)
+    return Attempt(attempt_name(uid, number), uid, number, "00000000-0000-4000-8000-000000000001", "models/tiny", "secret-token", digest)
 
 
 async def until(there: Launcher, name: str, wanted: Callable[[Seen], bool]) -> Seen:

@@ -149,7 +149,7 @@ class Feed:
         self.view = dict(view)
 
     def _list(self) -> tuple[dict[str, Body], str]:
-        with self.api.open("GET", self.path, (("labelSelector", self.selector),), None, ANSWER_S, "") as response:
+        with _told(), self.api.open("GET", self.path, (("labelSelector", self.selector),), None, ANSWER_S, "") as response:
             found = json.loads(response.data)
         return {each["metadata"]["uid"]: each for each in found.get("items") or ()}, found["metadata"]["resourceVersion"]
 
@@ -158,7 +158,7 @@ class Feed:
             ("labelSelector", self.selector), ("watch", "true"), ("resourceVersion", version), ("allowWatchBookmarks", "true"),
             ("timeoutSeconds", str(WATCH_S)),
         )  # fmt: skip
-        with self.api.open("GET", self.path, query, None, SILENCE_S, "") as response:
+        with _told(), self.api.open("GET", self.path, query, None, SILENCE_S, "") as response:
             self._open = response
             try:
                 for line in _lines(response):
@@ -169,6 +169,15 @@ class Feed:
                     yield Event(Kind(told), metadata.get("uid", ""), thing, metadata.get("resourceVersion", ""))
             finally:
                 self._open = None
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """To one who follows, a refusal is an outage: rights may be given back."""
+    try:
+        yield
+    except Refused as error:
+        raise Unreachable(str(error)) from error
 
 
 def _lines(response: Any) -> Iterator[bytes]:
