@@ -135,7 +135,8 @@ ALERTS: Sequence[Alert] = (
         "{{ $labels.pod }} has heard nothing of the cluster for {{ $value | humanizeDuration }}.",
     ),
     Alert(
-        "WaitingForNode", "ticket", "15m", f"{by('max', 'namespace, argosy_reason', ours('argosy.attempt.waiting', argosy_reason=STUCK))} > 0",
+        "WaitingForNode", "ticket", "15m",
+        f"{by('max', 'namespace, argosy_reason', ours('argosy.attempt.waiting', argosy_reason=STUCK))} > 0",
         "{{ $value }} training attempts wait for a node ({{ $labels.argosy_reason }}).",
     ),
     Alert("AttemptsSpent", "ticket", "0m", f"{SPENT} > 0", "A tuning job failed because its attempts kept ending without progress."),
