@@ -29,6 +29,13 @@ aks:
 {{ get (include "common.providers" . | fromYaml) .root.Values.global.provider | toJson }}
 {{- end }}
 
+{{- /* Pools by name; what is null is none. Takes root. A JSON list. */}}
+{{- define "common.poolNames" -}}
+{{- $names := list -}}
+{{- range $name, $pool := .root.Values.global.nodePools }}{{ if not (kindIs "invalid" $pool) }}{{ $names = append $names $name }}{{ end }}{{ end -}}
+{{- toJson $names -}}
+{{- end }}
+
 {{- /* A pool with all that it leaves out. Takes root, pool (its name). JSON. */}}
 {{- define "common.pool" -}}
 {{- $given := get .root.Values.global.nodePools .pool | default dict -}}

@@ -22,12 +22,18 @@ global.store.existingClaim is missing: {{ $global.store.url }} is a folder that 
 {{- if and $global.store.existingClaim (not (hasPrefix "file:///store" $global.store.url)) }}
 global.store.url is {{ $global.store.url | quote }}, but the claim {{ $global.store.existingClaim }} is mounted at /store: say file:///store
 {{- end }}
-{{- range $name, $_ := $global.nodePools }}
+{{- range $name := include "common.poolNames" . | fromJsonArray }}
 {{- $at := printf "global.nodePools.%s" $name }}
 {{- $pool := include "common.pool" (dict "root" $.root "pool" $name) | fromJson }}
+{{- $given := get $global.nodePools $name }}
 {{- $mode := $pool.gpu.mode }}
 {{- if and (ne $mode "none") (not $pool.providerPool) (not $pool.match) }}
 {{ $at }} selects no nodes: set providerPool or match
+{{- end }}
+{{- range $key, $modes := dict "profile" (list "mig") "deviceClass" (list "dra") "selectors" (list "dra") "resource" (list "device-plugin") "perNode" (list "device-plugin" "mig" "dra") "product" (list "device-plugin" "mig" "dra") }}
+{{- if and (hasKey ($given.gpu | default dict) $key) (not (has $mode $modes)) }}
+{{ $at }}.gpu.{{ $key }} says nothing in mode {{ $mode }}: it is for {{ join ", " $modes }}
+{{- end }}
 {{- end }}
 {{- if and (eq $mode "mig") (not $pool.gpu.profile) }}
 {{ $at }}.gpu.profile is missing: mode mig needs one, such as 3g.40gb
@@ -54,7 +60,7 @@ global.store.url is {{ $global.store.url | quote }}, but the claim {{ $global.st
 {{- /* Problems of a list of pool names. Takes root, at (the key they stand in), pools, gpus. */}}
 {{- define "common.poolProblems" -}}
 {{- $root := .root -}}{{- $at := .at -}}{{- $gpus := int .gpus -}}
-{{- $known := keys $root.Values.global.nodePools | sortAlpha -}}
+{{- $known := include "common.poolNames" . | fromJsonArray -}}
 {{- $resources := list -}}{{- $several := gt (len .pools) 1 -}}
 {{- range .pools }}
 {{- if not (has . $known) }}

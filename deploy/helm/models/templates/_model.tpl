@@ -1,3 +1,10 @@
+{{- /* Models by name; what is null is not one. A JSON list. */}}
+{{- define "models.names" -}}
+{{- $names := list -}}
+{{- range $name, $model := .Values.models }}{{ if not (kindIs "invalid" $model) }}{{ $names = append $names $name }}{{ end }}{{ end -}}
+{{- toJson $names -}}
+{{- end }}
+
 {{- /* All of a model's values, with what `defaults` and its pool say for it. Takes root, model. JSON. */}}
 {{- define "models.entry" -}}
 {{- $own := get .root.Values.models .model | default dict -}}
@@ -27,7 +34,6 @@
 {{- toJson $entry -}}
 {{- end }}
 
-{{- /* it: root, component, model. */}}
 {{- define "models.keda" -}}
 {{- if .Capabilities.APIVersions.Has "keda.sh/v1alpha1" }}yes{{ end -}}
 {{- end }}
@@ -47,5 +53,10 @@
 
 {{- /* Whether any model runs on several nodes. */}}
 {{- define "models.groups" -}}
-{{- range .Values.models }}{{ if gt (int (dig "nodesPerReplica" 1 (. | default dict))) 1 }}yes{{ end }}{{ end -}}
+{{- range $model := include "models.names" . | fromJsonArray }}{{ if gt (int (include "models.entry" (dict "root" $ "model" $model) | fromJson).nodesPerReplica) 1 }}yes{{ end }}{{ end -}}
+{{- end }}
+
+{{- /* Whether any model's pods fetch their own weights. */}}
+{{- define "models.fetchingPods" -}}
+{{- range $model := include "models.names" . | fromJsonArray }}{{ if (include "models.entry" (dict "root" $ "model" $model) | fromJson).cacheClass }}yes{{ end }}{{ end -}}
 {{- end }}

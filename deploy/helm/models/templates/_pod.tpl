@@ -27,7 +27,7 @@ spec:
   {{- with $entry.priority }}
   priorityClassName: {{ . }}
   {{- end }}
-  {{- with include "common.scheduling" (dict "root" $root "pools" $entry.pools "claim" $claim "spread" (include "common.selectorLabels" $it | fromYaml) "revision" (ternary "pod-template-hash" "" (eq (int $entry.nodesPerReplica) 1))) }}
+  {{- with include "common.scheduling" (dict "root" $root "pools" $entry.pools "claim" $claim "spread" (ternary (include "common.selectorLabels" $it | fromYaml) dict (eq (int $entry.nodesPerReplica) 1)) "revision" "pod-template-hash") }}
   {{- . | nindent 2 }}
   {{- end }}
   {{- if $entry.fetched }}
@@ -35,10 +35,10 @@ spec:
   - name: weights
     image: {{ include "models.image" (dict "root" $root "entry" $entry) }}
     imagePullPolicy: {{ $root.Values.global.image.pullPolicy }}
-    command: [python, -m, services.pretrained.prefetch{{ if not $entry.cacheClass }}, --wait{{ end }}]
+    command: {{ ternary (include "models.fetchCommand" $entry.weights) (append (include "models.fetchCommand" $entry.weights | fromJsonArray) "--wait" | toJson) (ne $entry.cacheClass "") }}
     securityContext: {{- include "common.containerSecurity" . | nindent 6 }}
     resources: {requests: {cpu: 100m, memory: 512Mi}, limits: {memory: 2Gi}}
-    env: {{- include "models.fetchEnv" (dict "root" $root "weights" $entry.weights) | nindent 4 }}
+    env: {{- include "models.fetchEnv" $entry.weights | nindent 4 }}
     volumeMounts:
     - {name: tmp, mountPath: /tmp}
     - {name: weights, mountPath: /weights}
@@ -48,11 +48,15 @@ spec:
     image: {{ include "models.image" (dict "root" $root "entry" $entry) }}
     imagePullPolicy: {{ $root.Values.global.image.pullPolicy }}
     securityContext: {{- include "common.containerSecurity" . | nindent 6 }}
+    {{- if $follower }}
+    command: {{ include "models.vllmFollower" $entry }}
+    {{- else }}
     ports:
     - {name: grpc, containerPort: 8500}
     - {name: health, containerPort: 8081}
     - {name: metrics, containerPort: 9090}
     {{- include "common.probes" (dict "startSeconds" $entry.load.maxSeconds) | nindent 4 }}
+    {{- end }}
     lifecycle: {preStop: {sleep: {seconds: {{ int $entry.drain.sleepSeconds }}}}}
     resources: {{- include "common.resources" (dict "root" $root "pools" $entry.pools "gpus" $entry.gpus "resources" $entry.resources) | nindent 6 }}
     env:
@@ -99,7 +103,31 @@ spec:
 {{- end }}
 
 {{- define "models.image" -}}
-{{ include "common.image" (dict "root" .root "name" (ternary "vllm" "inference" (eq .entry.engine.kind "vllm")) "image" .entry.engine.image) }}
+{{ include "common.image" (dict "root" .root "name" "inference" "image" .entry.engine.image) }}
+{{- end }}
+
+{{- /* vLLM's arguments: the model is split over a node's GPUs, then over the nodes of its group. Takes entry. */}}
+{{- define "models.vllmArgs" -}}
+{{- $args := dict -}}
+{{- if gt (int .gpus) 1 }}{{ $_ := set $args "tensor_parallel_size" (int .gpus) }}{{ end -}}
+{{- if gt (int .nodesPerReplica) 1 -}}
+{{- $args = merge $args (dict "pipeline_parallel_size" (int .nodesPerReplica) "nnodes" (int .nodesPerReplica) "node_rank" "$(LWS_WORKER_INDEX)" "master_addr" "$(LWS_LEADER_ADDRESS)") -}}
+{{- end -}}
+{{- $pairs := list -}}
+{{- range $name, $value := include "common.overlay" (dict "base" $args "top" .engine.args) | fromJson -}}
+{{- $pairs = append $pairs (printf "%s=%s" $name (toString $value)) -}}
+{{- end -}}
+{{- join "," $pairs -}}
+{{- end }}
+
+{{- /* A group's other nodes run vLLM alone, without its API; the leader tells them what to do. Takes entry. A JSON list. */}}
+{{- define "models.vllmFollower" -}}
+{{- $words := list "python" "-m" "vllm.entrypoints.cli.main" "serve" "/weights" "--headless" -}}
+{{- range splitList "," (include "models.vllmArgs" .) -}}
+{{- $pair := splitn "=" 2 . -}}
+{{- $words = append $words (printf "--%s=%s" ($pair._0 | replace "_" "-") $pair._1) -}}
+{{- end -}}
+{{- toJson $words -}}
 {{- end }}
 
 {{- define "models.env" -}}
@@ -132,7 +160,12 @@ spec:
 {{- with $root.Values.monitoring.otlpEndpoint }}
 - {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ . | quote }}}
 {{- end }}
+{{- if eq $entry.engine.kind "vllm" }}
+- {name: ARGOSY_ENGINE_KIND, value: vllm}
+- {name: ARGOSY_ENGINE_ARGS, value: {{ include "models.vllmArgs" $entry | quote }}}
+{{- else }}
 {{- range $name, $value := $entry.engine.args }}
 - {name: ARGOSY_{{ upper $name }}, value: {{ toString $value | quote }}}
+{{- end }}
 {{- end }}
 {{- end }}

@@ -11,7 +11,7 @@ global.keys.existingSecret is missing: this release makes no keys, so name the p
 {{- end }}
 {{- end }}
 {{- $broken := list }}
-{{- range $model, $_ := .Values.models }}
+{{- range $model := include "models.names" . | fromJsonArray }}
 {{- $at := printf "models.%s" $model }}
 {{- $entry := include "models.entry" (dict "root" $root "model" $model) | fromJson }}
 {{- $weights := $entry.weights }}
@@ -35,6 +35,9 @@ global.keys.existingSecret is missing: this release makes no keys, so name the p
 {{- end }}
 {{- if and (eq $entry.engine.kind "argosy") (gt (int $entry.gpus) 1) }}
 {{ $at }}.gpus is {{ int $entry.gpus }}, and engine argosy runs a model on one GPU: use engine.kind vllm
+{{- end }}
+{{- if and (eq $entry.engine.kind "vllm") (not $entry.engine.image) }}
+{{ $at }}.engine.image is missing: no image of Argosy's has vLLM, so name one made from argosy-inference
 {{- end }}
 {{- if gt (int $entry.nodesPerReplica) 1 }}
 {{- if ne $entry.engine.kind "vllm" }}
@@ -117,7 +120,7 @@ scaling.gatewayAddress is missing: KEDA asks the gateway, such as argosy-gateway
 {{- define "models.capacityProblems" -}}
 {{- $root := . -}}
 {{- $free := dict -}}{{- $needs := dict -}}{{- $fallbacks := list -}}
-{{- range $name, $_ := .Values.global.nodePools -}}
+{{- range $name := include "common.poolNames" (dict "root" $root) | fromJsonArray -}}
 {{- $pool := include "common.pool" (dict "root" $root "pool" $name) | fromJson -}}
 {{- if and (ne $pool.gpu.mode "none") $pool.nodes $pool.gpu.perNode -}}
 {{- $_ := set $free $name (sub (mul $pool.nodes $pool.gpu.perNode) $pool.reservedGpus | int) -}}
@@ -125,7 +128,7 @@ scaling.gatewayAddress is missing: KEDA asks the gateway, such as argosy-gateway
 {{- end -}}
 {{- end -}}
 {{- $placed := list -}}
-{{- range $model, $_ := .Values.models -}}
+{{- range $model := include "models.names" . | fromJsonArray -}}
 {{- $entry := include "models.entry" (dict "root" $root "model" $model) | fromJson -}}
 {{- $each := mul $entry.gpus $entry.nodesPerReplica | int -}}
 {{- $count := add $entry.most $entry.surge | int -}}

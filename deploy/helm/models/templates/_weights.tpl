@@ -1,16 +1,16 @@
-{{- /* What the fetching program is told. Takes root, weights. */}}
-{{- define "models.fetchEnv" -}}
-{{- $weights := .weights -}}
-{{- include "common.cacheEnv" . }}
-- {name: ARGOSY_WEIGHTS_SOURCE, value: {{ ternary (printf "hf://%s" $weights.ref) $weights.ref (eq $weights.source "hf") | quote }}}
-{{- with $weights.revision }}
-- {name: ARGOSY_WEIGHTS_REVISION, value: {{ . | quote }}}
+{{- /* The words of the fetching program. Takes weights. A JSON list. */}}
+{{- define "models.fetchCommand" -}}
+{{- $words := list "python" "-m" "services.pretrained.prefetch" (ternary (printf "hf://%s" .ref) .ref (eq .source "hf")) (printf "/weights/%s" (include "common.weightsPath" .)) "--digest" .digest -}}
+{{- with .revision }}{{ $words = concat $words (list "--revision" .) }}{{ end -}}
+{{- toJson $words -}}
 {{- end }}
-- {name: ARGOSY_WEIGHTS_DIRECTORY, value: {{ printf "/weights/%s" (include "common.weightsPath" $weights) | quote }}}
-- {name: ARGOSY_WEIGHTS_DIGEST, value: {{ $weights.digest | quote }}}
-{{- with $weights.tokenSecret.name }}
+
+{{- /* Takes weights. */}}
+{{- define "models.fetchEnv" -}}
+{{- include "common.cacheEnv" . }}
+{{- with .tokenSecret.name }}
 - name: HF_TOKEN
-  valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $weights.tokenSecret.key }}}}
+  valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $.tokenSecret.key }}}}
 {{- end }}
 {{- end }}
 
@@ -34,10 +34,10 @@ spec:
   - name: weights
     image: {{ include "models.image" (dict "root" $root "entry" .entry) }}
     imagePullPolicy: {{ $root.Values.global.image.pullPolicy }}
-    command: [python, -m, services.pretrained.prefetch]
+    command: {{ include "models.fetchCommand" $weights }}
     securityContext: {{- include "common.containerSecurity" . | nindent 6 }}
     resources: {requests: {cpu: 500m, memory: 1Gi}, limits: {memory: 4Gi}}
-    env: {{- include "models.fetchEnv" (dict "root" $root "weights" $weights) | nindent 4 }}
+    env: {{- include "models.fetchEnv" $weights | nindent 4 }}
     {{- with $root.Values.global.store.credentialsSecret }}
     envFrom:
     - secretRef: {name: {{ . }}}
