@@ -64,7 +64,7 @@ def variables(container: Object) -> dict[str, Any]:
 
 
 # Enough for the platform chart to render: one pool without GPUs, one base, a store of files, a database by URL.
-BASE = {"weights": {"source": "image", "ref": "localhost/argosy-weights-gemma-3-270m:0.1.0"}}
+BASE = {"weights": {"source": "image", "ref": "localhost/argosy-weights-gemma-3-270m", "digest": f"sha256:{'0' * 64}"}}
 PLATFORM: Object = {
     "global": {
         "database": {"url": "postgresql://argosy:secret@10.99.0.1:5432/argosy"},

@@ -222,7 +222,7 @@ def test_validation_lists_all_errors(toolbox: Toolbox) -> None:
         {
             "global": {"database": {"url": ""}, "store": {"existingClaim": ""}, "tls": {"mode": "certManager"}},
             "gateway": {"autoscaling": {"min": 5, "max": 2, "callsPerReplica": 1}},
-            "finetune": {"pool": "h100", "jobNamespaces": ["argosy"]},
+            "finetune": {"pool": "h100", "jobNamespaces": ["argosy"], "bases": {"gemma-3-270m": {"weights": {"digest": ""}}}},
             "admissionPolicy": {"enabled": True},
         },
     )
@@ -234,6 +234,7 @@ def test_validation_lists_all_errors(toolbox: Toolbox) -> None:
         "gateway.autoscaling.min 5 is over gateway.autoscaling.max 2",
         'finetune.pool is "h100", which global.nodePools does not have; it has cpu',
         'finetune.jobNamespaces has "argosy", the release\'s own',
+        "finetune.bases.gemma-3-270m.weights.digest is missing",
         "admissionPolicy.enabled pins an image by its digest",
     ):
         assert sentence in said, sentence

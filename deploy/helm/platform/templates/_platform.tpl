@@ -114,7 +114,7 @@ priorityClassName: {{ .root.Release.Name }}-gateway
 {{- end }}
 
 {{- define "platform.trainingPool" -}}
-{{ .Values.finetune.pool | default (keys .Values.global.nodePools | sortAlpha | first) }}
+{{ .Values.finetune.pool | default (include "common.poolNames" (dict "root" .) | fromJsonArray | first) }}
 {{- end }}
 
 {{- define "platform.baseMounts" -}}
@@ -132,7 +132,7 @@ priorityClassName: {{ .root.Release.Name }}-gateway
 {{- /* <pool>.yaml → a PodTemplateSpec. A pool without GPUs gets no GPU, whatever an attempt has elsewhere. */}}
 {{- define "platform.pools" -}}
 {{- $finetune := .Values.finetune }}
-{{- range $pool, $_ := .Values.global.nodePools }}
+{{- range $pool := include "common.poolNames" (dict "root" .) | fromJsonArray }}
 {{- $mode := (include "common.pool" (dict "root" $ "pool" $pool) | fromJson).gpu.mode }}
 {{ $pool }}.yaml: |
   {{- include "common.trainerPodTemplate" (dict "root" $ "pool" $pool "gpus" (ternary 0 (max 1 (int $finetune.gpus)) (eq $mode "none")) "image" $finetune.trainerImage "resources" $finetune.trainer.resources "priorityClassName" (ternary (printf "%s-training" $.Release.Name) "" $.Values.priorityClasses.create) "bases" $finetune.bases) | nindent 2 }}
