@@ -64,7 +64,7 @@ class Node:
         config.write_text(self._runtime_config())
         runtime = self._start("containerd", self.programs.containerd, "--config", config)
         # The socket lives in the room's /run; /proc shows it from here.
-        socket = Path(f"/proc/{self.room.first.pid}/root{SOCKET}")
+        socket = Path("/proc", str(self.room.first.pid), "root", SOCKET.lstrip("/"))
         self.processes.await_ready(runtime, socket.is_socket, READY_SECONDS)
 
     def import_images(self, archives: list[Path]) -> None:
