@@ -2,10 +2,10 @@
 
 import asyncio
 import ipaddress
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
@@ -72,6 +72,57 @@ class PlaintextRefused(ValueError):
 
     def __init__(self, verb: str, address: str) -> None:
         super().__init__(f"Refusing to {verb} {address} in plaintext: set a certificate, or use a loopback address or a unix socket.")
+
+
+class LastingChannel:
+    """A channel to one peer that can be given new credentials: calls end where they began, the next ones go over a new connection."""
+
+    def __init__(
+        self, target: str, *, credentials: grpc.ChannelCredentials | None = None, options: Mapping[str, int | str] = ENGINE
+    ) -> None:
+        """Raises PlaintextRefused, as open_channel."""
+        self._target, self._options = target, options
+        self._channel = open_channel(target, credentials=credentials, options=options)
+        self._left: dict[asyncio.Task[None], grpc.aio.Channel] = {}
+
+    def renew(self, credentials: grpc.ChannelCredentials, grace_s: float) -> None:
+        """Use `credentials` from the next call on. A call that is still running after `grace_s` is cancelled."""
+        left, self._channel = self._channel, open_channel(self._target, credentials=credentials, options=self._options)
+        closing = asyncio.create_task(left.close(grace_s))
+        self._left[closing] = left
+        closing.add_done_callback(lambda task: self._left.pop(task, None))
+
+    async def close(self, grace_s: float | None = None) -> None:
+        """End every call, after `grace_s` at the latest."""
+        left = dict(self._left)
+        for closing in left:
+            closing.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await asyncio.gather(*(channel.close(grace_s) for channel in (self._channel, *left.values())))
+
+    def _later(self, arity: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """A method that looks for its channel when it is called: stubs are made once."""
+
+        def call(*given: Any, **how: Any) -> Any:
+            return getattr(self._channel, arity)(*arguments, **named)(*given, **how)
+
+        return call
+
+    def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """As grpc.aio.Channel's."""
+        return self._later("unary_unary", method, *arguments, **named)
+
+    def unary_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """As grpc.aio.Channel's."""
+        return self._later("unary_stream", method, *arguments, **named)
+
+    def stream_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """As grpc.aio.Channel's."""
+        return self._later("stream_unary", method, *arguments, **named)
+
+    def stream_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """As grpc.aio.Channel's."""
+        return self._later("stream_stream", method, *arguments, **named)
 
 
 def open_channel(

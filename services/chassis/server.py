@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from google.protobuf.internal import api_implementation
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from services.chassis.certificates import Certificates
 from services.chassis.channel import PlaintextRefused, is_local
 from services.chassis.interceptors import InFlight, Policy, door
 from services.chassis.telemetry import Telemetry
@@ -81,7 +83,7 @@ class Listener:
     """Where a server listens and how it stops. May be a field of a service's settings."""
 
     address: str = "127.0.0.1:0"  # host:port, port 0 for any free one; or unix:/path
-    certificate: Path | None = None  # PEM chain; plaintext without, and then only on loopback or a unix socket
+    certificate: Path | None = None  # PEM chain, read again when it changes; without it plaintext, on loopback or a unix socket alone
     private_key: Path | None = None
     client_ca: Path | None = None  # set: a client must show a certificate signed by it
     health_address: str = ""  # a second, plaintext listener with health alone, for the kubelet; empty: none
@@ -95,13 +97,16 @@ class Listener:
         if self.client_ca is not None and self.certificate is None:
             raise ValueError("client certificates are only asked for over TLS: set a certificate")
 
-    def credentials(self) -> grpc.ServerCredentials | None:
-        """Server credentials from the files, or None for plaintext."""
-        if self.certificate is None or self.private_key is None:
+    def metrics_tls(self) -> Callable[[], ssl.SSLContext] | None:
+        """For Telemetry.prometheus: our certificate, and the same demands on whoever asks. Raises CertificateRefused."""
+        certificates = self.certificates()
+        return certificates.ssl_context if certificates is not None else None
+
+    def certificates(self) -> Certificates | None:
+        """The files, read; None: plaintext. Raises CertificateRefused."""
+        if self.certificate is None:
             return None
-        ca = None if self.client_ca is None else self.client_ca.read_bytes()
-        pair = (self.private_key.read_bytes(), self.certificate.read_bytes())
-        return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
+        return Certificates("server", ca=self.client_ca, certificate=self.certificate, private_key=self.private_key)
 
 
 @dataclass(eq=False)
@@ -237,7 +242,8 @@ async def serve(
     if listener.reflection:
         names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-    address = _bind(server, listener.address, listener.credentials())
+    certificates = listener.certificates()
+    address = _bind(server, listener.address, certificates.server_credentials() if certificates is not None else None)
     probes, health_address = None, ""
     if listener.health_address:
         probes = grpc.aio.server(options=list(SERVER.items()), interceptors=[door(InFlight(), Policy())])
@@ -251,7 +257,8 @@ async def serve(
     log.info("listening on %s", address)
     telemetry.record("argosy.drain.cut", 0)  # a counter that is first seen at its end has not grown
     try:
-        async with telemetry.watching_lag(LAG_UNREADY_S, serving.lagging):
+        looking = certificates.watched(telemetry) if certificates is not None else contextlib.nullcontext()
+        async with telemetry.watching_lag(LAG_UNREADY_S, serving.lagging), looking:
             with _signals(serving) if signals else contextlib.nullcontext():
                 yield serving
     finally:

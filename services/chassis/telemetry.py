@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import ssl
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Self, TextIO
 
 import grpc
@@ -214,7 +216,7 @@ class _Counted(SpanExporter):
 class TelemetrySettings:
     """May be a field of a service's settings."""
 
-    metrics_address: str = "127.0.0.1:0"  # Prometheus; loopback only, since it asks for no credential
+    metrics_address: str = "127.0.0.1:0"  # Prometheus; off this machine over HTTPS, with the server's certificate and client CA
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
@@ -376,20 +378,27 @@ class Telemetry:
     # --- listeners and samplers
 
     @asynccontextmanager
-    async def prometheus(self, address: str) -> AsyncIterator[str]:
-        """Serve /metrics over HTTP on a loopback address while the block runs; yields the address with its real port."""
-        if not is_local(address):
+    async def prometheus(self, address: str, tls: Callable[[], ssl.SSLContext] | None = None) -> AsyncIterator[str]:
+        """Serve /metrics while inside, over HTTP on a loopback address, over HTTPS elsewhere; yields the address with its real port.
+
+        `tls` is asked at each connection, so that a renewed certificate is used. Raises PlaintextRefused where it is needed and missing.
+        """
+        if is_local(address):
+            tls = None
+        elif tls is None:
             raise PlaintextRefused("show metrics on", address)
         host, _, port = address.rpartition(":")
-        server = await asyncio.start_server(self._scraped, host.strip("[]"), int(port), limit=8_192)
+        server = await asyncio.start_server(partial(self._scraped, tls), host.strip("[]"), int(port), limit=8_192)
         try:
             yield f"{host}:{server.sockets[0].getsockname()[1]}"
         finally:
             server.close()
             await server.wait_closed()
 
-    async def _scraped(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _scraped(self, tls: Callable[[], ssl.SSLContext] | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
+            if tls is not None:
+                await writer.start_tls(tls(), ssl_handshake_timeout=5)
             async with asyncio.timeout(5):
                 head = await reader.readuntil(b"\r\n\r\n")
             found = head.startswith((b"GET /metrics ", b"GET /metrics?"))
@@ -400,7 +409,7 @@ class Telemetry:
             writer.write(body)
             async with asyncio.timeout(5):
                 await writer.drain()
-        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
+        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):  # an OSError: a handshake refused, too
             log.debug("a scrape broke off")
         finally:
             writer.close()

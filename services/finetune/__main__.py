@@ -27,7 +27,7 @@ async def serve(read: Environment) -> None:
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(telemetry.close)
         if read.telemetry.metrics_address:
-            await stack.enter_async_context(telemetry.prometheus(read.telemetry.metrics_address))
+            await stack.enter_async_context(telemetry.prometheus(read.telemetry.metrics_address, read.finetune.listener.metrics_tls()))
         running = await stack.enter_async_context(finetune(read.finetune, telemetry=telemetry, signals=True))
         print(running.address, flush=True)
         await running.serving.stopped()

@@ -40,7 +40,7 @@ async def serve(read: Environment) -> None:
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(telemetry.close)
         if read.telemetry.metrics_address:
-            await stack.enter_async_context(telemetry.prometheus(read.telemetry.metrics_address))
+            await stack.enter_async_context(telemetry.prometheus(read.telemetry.metrics_address, read.gateway.listener.metrics_tls()))
         gate = await stack.enter_async_context(gateway(read.gateway, store=read.store, books=read.books, telemetry=telemetry, signals=True))
         print(gate.address, flush=True)
         await gate.serving.stopped()

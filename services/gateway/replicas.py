@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -23,7 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from argosy.v1 import model_pb2
 from argosy_internal.engine.v1 import engine_pb2, engine_pb2_grpc
-from services.chassis.channel import ENGINE, PlaintextRefused, open_channel, streaming
+from services.chassis.channel import ENGINE, LastingChannel, PlaintextRefused, streaming
 from services.chassis.errors import NotStarted, ResourceNotFound, Shed
 from services.chassis.identity import CALLER_KEY, Caller, CallerSigner
 from services.chassis.telemetry import Telemetry
@@ -43,6 +44,8 @@ QUIET_S = 20.0  # an idle replica reports each 15 s
 HUNG_S = 10.0  # one that holds our calls reports each 100 ms, a long step apart: this silence means it is frozen
 BACKOFF_S, BACKOFF_CAP_S = 0.1, 2.0
 HASTE = 1.25  # an answer is taken to need so many times what is predicted: calls that come later will slow it
+# Words of gRPC's core and its TLS library.
+HANDSHAKE = re.compile(r"(CERTIFICATE_VERIFY_FAILED: [\w ]+|WRONG_VERSION_NUMBER|Hostname Verification Check failed)")
 GENERATE = "/argosy.internal.engine.v1.EngineService/Generate"
 # The gateway itself, where no caller is behind a call: a replica lets nobody in unsigned.
 GATEWAY = Caller(project_uid="", project="", key_id="gateway", scopes=frozenset(), request_id="", kv_scope="")
@@ -60,12 +63,13 @@ class Link:
     """One replica: its channel, its calls, its last words."""
 
     endpoint: Endpoint
-    channel: grpc.aio.Channel
+    channel: Any  # a LastingChannel, which is as good as a grpc.aio.Channel to a stub
     replica: routing.Replica
     served: Served | None = None
     info: engine_pb2.EngineInfo | None = None
     healthy: bool = True  # until Health says otherwise: a replica need not have it
     loads: bool = False  # WatchLoad is up
+    trouble: str = ""  # why it is not, as last said
     streams: int = 0
     unary: int = 0
     stub: Any = None
@@ -443,6 +447,16 @@ class Replicas:
         for pool in self._pools.values():
             pool.pump()
 
+    async def renew(self, credentials: grpc.ChannelCredentials, grace_s: float) -> None:
+        """Show every replica these credentials from the next call on; what runs has `grace_s` to end."""
+        self._credentials = credentials
+        for link in self.links:
+            link.channel.renew(credentials, grace_s)
+            for watcher in link.watchers:
+                watcher.cancel()
+            await asyncio.gather(*link.watchers, return_exceptions=True)
+            self._watch(link)
+
     def _add(self, endpoint: Endpoint) -> None:
         options: dict[str, int | str] = dict(ENGINE)
         if endpoint.server_name:
@@ -450,7 +464,7 @@ class Replicas:
         name = label(endpoint.uid)
         try:
             # No interceptors: one would add a hop to each event of each stream.
-            channel = open_channel(endpoint.address, credentials=self._credentials, options=options)
+            channel = LastingChannel(endpoint.address, credentials=self._credentials, options=options)
         except PlaintextRefused as refused:
             if self._models is None:  # from the settings: an operator is there to read it
                 raise
@@ -535,6 +549,7 @@ class Replicas:
                     while (load := await self._next_load(link, loads)) is not EOF:
                         failures, reported = 0, True
                         link.replica.report(load_from(load), asyncio.get_running_loop().time())
+                        link.trouble = ""
                         if not link.loads:
                             log.info("replica %s serves %s", link.replica.name, link.served.name)
                         link.loads = True
@@ -542,12 +557,17 @@ class Replicas:
             except (grpc.aio.AioRpcError, TimeoutError) as error:
                 if reported and isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     continue  # a watch has a longest life too; the replica is as well as it was
-                if link.loads:
-                    log.warning("replica %s is gone: %s", link.replica.name, _word(error))
+                self._tell(link, _word(error))
             link.loads = False
             await self._judge(link)
             failures += 1
             await asyncio.sleep(_backoff(failures))
+
+    def _tell(self, link: Link, word: str) -> None:
+        """Say once why a replica cannot be had; it tries again all the time."""
+        if link.loads or word != link.trouble:
+            log.warning("replica %s %s: %s", link.replica.name, "is gone" if link.loads else "cannot be reached", word)
+        link.trouble = word
 
     async def _next_load(self, link: Link, loads: Any) -> Any:
         """The next report; TimeoutError when it stays out for longer than a live replica would let it."""
@@ -602,7 +622,11 @@ def _backoff(failures: int) -> float:
 
 
 def _word(error: Exception) -> str:
-    return error.code().name if isinstance(error, grpc.aio.AioRpcError) else "silent"
+    """In a few words, none of which a peer can choose."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return "silent"
+    said = HANDSHAKE.search(error.details() or "")
+    return f"{error.code().name}, no handshake: {said[1]}" if said else error.code().name
 
 
 def load_from(load: engine_pb2.EngineLoad) -> routing.Load:

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from google.protobuf.descriptor import ServiceDescriptor
 
 from argosy.admin.v1 import api_key_pb2, project_pb2, quota_pb2, usage_pb2
 from argosy.v1 import embedding_pb2, explanation_pb2, generation_pb2, language_pb2
+from services.chassis.certificates import Certificates
 from services.chassis.errors import ServiceError
 from services.chassis.identity import Caller, CallerSigner
 from services.chassis.interceptors import Authenticate, Incoming, Policy
@@ -27,7 +27,6 @@ from services.gateway.authentication import authenticating, deadline_cap_s, perm
 from services.gateway.charges import Billing
 from services.gateway.discovery import Discovery, connect
 from services.gateway.finetune import FineTune
-from services.gateway.finetune import credentials as finetune_credentials
 from services.gateway.gauges import Spooling, measure
 from services.gateway.keys import PEPPER_BYTES
 from services.gateway.ledger import JobBooks, Ledger, Tariff
@@ -41,6 +40,7 @@ from services.gateway.servicers.forwarded import SERVICES, Forwarding
 from services.gateway.servicers.generation import GenerationServicer
 from services.gateway.servicers.language import LanguageServicer
 from services.gateway.servicers.model import ModelServicer
+from services.gateway.servicers.neighbours import Neighbours
 from services.gateway.servicers.project import ProjectServicer
 from services.gateway.servicers.quota import QuotaServicer
 from services.gateway.servicers.register import handlers
@@ -53,6 +53,8 @@ from services.gateway.sql_ledger import LedgerSettings, open_ledger
 from services.gateway.store import Store, StoreSettings, open_store
 
 log = logging.getLogger(__name__)
+
+RENEWAL_MARGIN_S = 60.0  # over the longest stream: by then no call is left on a connection with the old certificate
 
 Service = tuple[ServiceDescriptor, object]  # a public service and the object with its methods
 
@@ -77,18 +79,6 @@ def signing_key(path: Path | None) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise ValueError(f"{path.name} holds no Ed25519 private key")
     return key
-
-
-def inference_credentials(settings: GatewaySettings) -> grpc.ChannelCredentials | None:
-    """TLS towards the replicas, mutual if we have a certificate to show; None: plaintext, on this machine only."""
-    if settings.inference_ca is None:
-        return None
-    key, certificate = settings.inference_private_key, settings.inference_certificate
-    return grpc.ssl_channel_credentials(
-        settings.inference_ca.read_bytes(),
-        key.read_bytes() if key is not None else None,
-        certificate.read_bytes() if certificate is not None else None,
-    )
 
 
 @asynccontextmanager
@@ -120,15 +110,17 @@ async def running(
         if serving is not None:
             await (serving.ready() if usable else serving.unready())
 
+    certificates = settings.tls.certificates()
+    credentials = certificates.channel_credentials() if certificates is not None else None
     replicas = Replicas(
         settings.inference_addresses,
         placing=settings.placing,
         signer=signer,
-        credentials=inference_credentials(settings),
+        credentials=credentials,
         telemetry=telemetry,
         changed=changed,
     )
-    finetune = FineTune(settings.finetune_address, signer=signer, credentials=finetune_credentials(settings), telemetry=telemetry)
+    finetune = FineTune(settings.finetune_address, signer=signer, credentials=credentials, telemetry=telemetry)
     forwarding = Forwarding(finetune, revocations, jobs.allowed if jobs is not None else None)
     own: dict[str, object] = {"ModelService": ModelServicer(replicas, pages or page_tokens(settings), forwarding)}
     meanings = Meanings()
@@ -138,7 +130,7 @@ async def running(
         (generation_pb2.DESCRIPTOR.services_by_name["GenerationService"], GenerationServicer(relay)),
         (language_pb2.DESCRIPTOR.services_by_name["LanguageService"], LanguageServicer(relay)),
         (embedding_pb2.DESCRIPTOR.services_by_name["EmbeddingService"], EmbeddingServicer(relay)),
-        (explanation_pb2.DESCRIPTOR.services_by_name["ExplanationService"], ExplanationServicer(relay)),
+        (explanation_pb2.DESCRIPTOR.services_by_name["ExplanationService"], ExplanationServicer(relay, Neighbours(finetune))),
         *administration,
     ]
 
@@ -156,7 +148,8 @@ async def running(
     cap_s = partial(deadline_cap_s, max_stream_s=settings.max_stream_seconds)
     policy = Policy(authenticate=known, permit=permit, deadline_cap_s=cap_s, strip="x-")
     pusher, billing = Pusher(finetune, replicas, meanings, telemetry), Billing(finetune, jobs)
-    async with replicas.watching(), pusher.following(), billing.following():
+    renewing = _renewing(settings, certificates, replicas, finetune, telemetry)
+    async with replicas.watching(), renewing, pusher.following(), billing.following():
         async with serve(
             settings.listener,
             register,
@@ -178,6 +171,23 @@ async def running(
         await relay.settled()
     await names.close()
     await finetune.close()
+
+
+@asynccontextmanager
+async def _renewing(
+    settings: GatewaySettings, certificates: Certificates | None, replicas: Replicas, finetune: FineTune, telemetry: Telemetry
+) -> AsyncIterator[None]:
+    """Show our neighbours the certificate that the files hold, also once they hold another."""
+    if certificates is None:
+        yield
+        return
+
+    async def changed() -> None:
+        await replicas.renew(certificates.channel_credentials(), settings.max_stream_seconds + RENEWAL_MARGIN_S)
+        finetune.renew(certificates.channel_credentials())
+
+    async with certificates.watched(telemetry, changed):
+        yield
 
 
 @asynccontextmanager

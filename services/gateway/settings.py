@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.chassis.certificates import ClientTls
 from services.chassis.server import Listener
 
 
@@ -34,13 +35,8 @@ class GatewaySettings:
     inference_addresses: tuple[str, ...] = ()  # host:port of each replica, where no cluster lists them
     model_namespaces: tuple[str, ...] = ()  # of a Kubernetes cluster, whose EndpointSlices list the replicas; empty: no cluster is asked
     gpu_health: bool = False  # new work only for pods without an Unhealthy device; reads pods, which needs the right to
-    inference_ca: Path | None = None  # PEM; without it replicas must be on this machine
-    inference_certificate: Path | None = None  # PEM, what we show to replicas
-    inference_private_key: Path | None = None
+    tls: ClientTls = field(default_factory=ClientTls)
     finetune_address: str = ""  # host:port of the fine-tuning service; empty: fine-tuning is off
-    finetune_ca: Path | None = None  # PEM; without it the service must be on this machine
-    finetune_certificate: Path | None = None  # PEM, what we show to it
-    finetune_private_key: Path | None = None
     caller_signing_key: Path | None = None  # PEM, Ed25519; signs the caller for the replicas
     caller_signing_kid: str = "gateway"
     key_pepper: str = field(default="", repr=False)  # 64 hex digits, secret: without it no stored key can be checked

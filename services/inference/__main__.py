@@ -28,7 +28,7 @@ async def serve(read: Environment) -> int:
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(telemetry.close)
         if read.telemetry.metrics_address:
-            await stack.enter_async_context(telemetry.prometheus(read.telemetry.metrics_address))
+            await stack.enter_async_context(telemetry.prometheus(read.telemetry.metrics_address, read.inference.listener.metrics_tls()))
         running = await stack.enter_async_context(replica(read.inference, telemetry=telemetry, signals=True))
         print(running.serving.address, flush=True)
         stopped = asyncio.create_task(running.serving.stopped())

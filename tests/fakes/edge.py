@@ -20,7 +20,8 @@ from argosy.v1 import (
     model_pb2_grpc,
     stream_pb2,
 )
-from services.chassis.channel import ENGINE
+from services.chassis.certificates import ClientTls
+from services.chassis.channel import open_channel
 from services.chassis.errors import ApiKeyInvalid
 from services.chassis.identity import Caller, CallerSigner, CallerVerifier
 from services.chassis.server import Listener
@@ -82,12 +83,15 @@ async def edge(
     jobs: Any = None,
     max_stream_seconds: float = 300.0,
     cluster: Any = None,
+    tls: ClientTls | None = None,
+    credentials: grpc.ChannelCredentials | None = None,
     gpu_health: bool = False,
     **placing: Any,
 ) -> AsyncIterator[Edge]:
     """A running gateway; entered once `reachable` replicas (default: one for each engine) have reported.
 
-    `cluster` is an API (a kubernetes ApiClient) whose namespace `models` lists more of them.
+    `cluster` is an API (a kubernetes ApiClient) whose namespace `models` lists more of them. `tls` is the gateway's towards its
+    neighbours, `credentials` the client's for a `listener` with a certificate.
     """
     known = {"acme": caller()} if callers is None else callers
     books = MemoryLedger() if ledger is None else ledger
@@ -106,6 +110,7 @@ async def edge(
         max_stream_seconds=max_stream_seconds,
         model_namespaces=("models",) if cluster is not None else (),
         gpu_health=gpu_health,
+        tls=tls or ClientTls(),
     )
     async with running(
         settings,
@@ -119,7 +124,7 @@ async def edge(
         cluster=cluster,
     ) as gate:
         await gate.replicas.until(len(engines) if reachable is None else reachable)
-        async with grpc.aio.insecure_channel(gate.address, options=[*ENGINE.items()]) as channel:
+        async with open_channel(gate.address, credentials=credentials) as channel:
             yield Edge(gate, books, channel, known)
 
 

@@ -482,7 +482,9 @@ def _class_of(full_name: str) -> Any:
 
 
 @asynccontextmanager
-async def fake_engine(says: Sequence[str] | None = None, *, address: str = "127.0.0.1:0", **script: Any) -> AsyncIterator[FakeEngine]:
+async def fake_engine(
+    says: Sequence[str] | None = None, *, address: str = "127.0.0.1:0", tls: grpc.ServerCredentials | None = None, **script: Any
+) -> AsyncIterator[FakeEngine]:
     """A running fake. `script` are FakeEngine's fields, and `faults`."""
     fake = FakeEngine(says=says, **script)
     server = grpc.aio.server(options=list(SERVER.items()))
@@ -490,7 +492,7 @@ async def fake_engine(says: Sequence[str] | None = None, *, address: str = "127.
     fake.health = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(fake.health, server)
     await fake.health.set("ready", health_pb2.HealthCheckResponse.SERVING)
-    port = server.add_insecure_port(address)
+    port = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls)
     fake.address = f"{address.rsplit(':', 1)[0]}:{port}"
     fake.server = server
     await server.start()

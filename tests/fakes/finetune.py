@@ -189,14 +189,16 @@ def _handler(fake: FakeFineTune, method: MethodDescriptor) -> Any:
 
 
 @asynccontextmanager
-async def fake_finetune(*, address: str = "127.0.0.1:0", **script: Any) -> AsyncIterator[FakeFineTune]:
+async def fake_finetune(
+    *, address: str = "127.0.0.1:0", tls: grpc.ServerCredentials | None = None, **script: Any
+) -> AsyncIterator[FakeFineTune]:
     """A running fake. `script` are FakeFineTune's fields."""
     fake = FakeFineTune(**script)
     server = grpc.aio.server(options=list(SERVER.items()))
     for service in (*SERVICES, REGISTRY):
         table = {method.name: _handler(fake, method) for method in service.methods}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, table),))
-    port = server.add_insecure_port(address)
+    port = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls)
     fake.address = f"{address.rsplit(':', 1)[0]}:{port}"
     fake.server = server
     await server.start()

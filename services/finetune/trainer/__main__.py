@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.chassis import settings as environment
+from services.chassis.certificates import ClientTls
 from services.chassis.objects import ObjectsUnavailable, SyncObjects, open_objects_sync
 from services.chassis.telemetry import TelemetrySettings, configure_logs
 from services.finetune.trainer.control import Control
@@ -30,7 +31,7 @@ class TrainerSettings:
     token_file: Path  # of the attempt's token
     store_url: str
     base_directory: Path  # the base's weights, tokenizer and template
-    training_ca: Path | None = None  # PEM of who signed the service's certificate; None: plaintext, on this machine only
+    tls: ClientTls = field(default_factory=ClientTls)
     threads: int | None = field(default=None, metadata={"minimum": 1})  # of the CPU; None: those it may run on
     trainer_command: tuple[str, ...] = ()  # words of a trainer of the operator's own, run under our wrapper; empty: our loop
     callback_url: str = ""  # where that trainer's live progress is posted, as https://host:port; empty: nowhere
@@ -55,13 +56,10 @@ def keep_memory() -> None:
 
 def train(own: TrainerSettings, stop: threading.Event) -> int:
     """One attempt; its exit code."""
-    import grpc
-
     from services.finetune.trainer.control import LOST
     from services.finetune.trainer.wire import WireControl
 
-    credentials = None if own.training_ca is None else grpc.ssl_channel_credentials(own.training_ca.read_bytes())
-    control = WireControl(own.training_address, own.job, own.attempt, own.token_file, credentials=credentials)
+    control = WireControl(own.training_address, own.job, own.attempt, own.token_file, certificates=own.tls.certificates())
     try:
         objects = open_objects_sync(own.store_url)
     except ObjectsUnavailable:
@@ -77,7 +75,7 @@ def _work(own: TrainerSettings, control: Control, objects: SyncObjects, stop: th
     if own.trainer_command:
         from services.finetune.trainer.hosted import Callback, Hosted
 
-        callback = Callback(own.callback_url, own.token_file, own.training_ca)
+        callback = Callback(own.callback_url, own.token_file, own.tls.tls_ca)
         return Hosted(control, objects, own.base_directory, stop, own.trainer_command, callback, own.job, own.attempt).run()
     import torch
 
