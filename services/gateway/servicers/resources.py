@@ -2,31 +2,31 @@
 
 import hashlib
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy.exc
-from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.chassis.errors import (
-    ApiKeyInvalid,
     FieldInvalid,
     IdempotencyKeyReused,
     RequestInFlight,
     ResourceExists,
     ResourceNotFound,
 )
-from services.chassis.identity import CALLER, Caller
-from services.chassis.lists import PAGE, PAGE_BYTES, PageTokens
+from services.chassis.lists import PageTokens
+from services.chassis.resources import Listing, M, Paging, caller, paths, timestamp
 from services.gateway import records
-from services.gateway.records import Row
 from services.gateway.store import Store
 
-M = TypeVar("M", bound=Message)
+__all__ = [
+    "KEY_NAME", "PLATFORM", "POLICY_NAME", "PROJECT_NAME", "Desk", "Listing", "Owner", "caller", "moment", "owner", "paths", "segments",
+    "timestamp",
+]  # fmt: skip
 
 _SEGMENT = r"[a-z0-9-]{1,63}"
 PROJECT_NAME = re.compile(rf"projects/({_SEGMENT})")
@@ -41,14 +41,6 @@ class Owner:
 
     uid: str
     name: str  # the segment
-
-
-def caller() -> Caller:
-    """Whom the door let in."""
-    found = CALLER.get()
-    if found is None:
-        raise ApiKeyInvalid
-    return found
 
 
 def segments(name: str, shape: re.Pattern[str], field: str) -> tuple[str, ...]:
@@ -77,81 +69,17 @@ async def owner(connection: AsyncConnection, name: str, field: str) -> Owner:
     raise ResourceNotFound(field)
 
 
-def paths(message: Message, mask: Any, mutable: Sequence[str], field: str = "update_mask") -> list[str]:
-    """Which fields an update changes: those named, all mutable ones for `*`, the populated ones without a mask.
-
-    Raises:
-        FieldInvalid: an unknown or immutable path.
-    """
-    if not mask.paths:
-        populated = {descriptor.name for descriptor, _ in message.ListFields()}
-        return [name for name in mutable if name in populated]
-    if list(mask.paths) == ["*"]:
-        return list(mutable)
-    for path in mask.paths:
-        if path not in mutable:
-            raise FieldInvalid(field, "path")
-    return [name for name in mutable if name in mask.paths]
-
-
-def timestamp(value: datetime | None) -> Timestamp | None:
-    """As protobuf has it."""
-    if value is None:
-        return None
-    stamp = Timestamp()
-    stamp.FromDatetime(value.astimezone(UTC))
-    return stamp
-
-
 def moment(stamp: Timestamp) -> datetime:
     """As Python has it, exact to a microsecond."""
     return stamp.ToDatetime(UTC)
 
 
 @dataclass(frozen=True)
-class Listing:
-    """One page being asked for."""
-
-    scope: tuple[str, ...]  # describes the list whole: method, parent, filter, order, and the caller's project
-    after: list[str] | None
-    size: int
-
-    @property
-    def limit(self) -> int:
-        """One row more than the page holds says whether there is a next one."""
-        return self.size + 1
-
-
-@dataclass(frozen=True)
-class Desk:
+class Desk(Paging):
     """What every admin servicer works with."""
 
     store: Store
     tokens: PageTokens
-
-    def listing(self, page_size: int, page_token: str, *scope: str) -> Listing:
-        """Read the paging fields.
-
-        Raises:
-            PageTokenInvalid: the token is of another list, another project, or altered.
-        """
-        whole = (*scope, caller().project_uid)
-        return Listing(whole, self.tokens.open(page_token, *whole), page_size or PAGE)
-
-    def page(
-        self, listing: Listing, rows: Sequence[Row], show: Callable[[Row], M], after: Callable[[Row], list[str]]
-    ) -> tuple[list[M], str]:
-        """The messages of this page and the token of the next; 3 MiB end a page, too."""
-        shown: list[M] = []
-        size = 0
-        for row in rows[: listing.size]:
-            message = show(row)
-            size += message.ByteSize() + 8  # its tag and length
-            if shown and size > PAGE_BYTES:
-                break
-            shown.append(message)
-        more = len(shown) < len(rows)
-        return shown, self.tokens.seal(*listing.scope, after=after(rows[len(shown) - 1])) if more else ""
 
     async def change(
         self,
