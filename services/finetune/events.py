@@ -12,6 +12,7 @@ __all__ = [
     "checkpoint",
     "cost",
     "evaluation",
+    "failure",
     "metric",
     "money",
     "phase",
@@ -112,6 +113,7 @@ WARNINGS = {
     "attempt.node_lost": "The attempt's machine does not answer. Another starts once the cluster gives that machine up.",
     "attempt.launcher_away": "The cluster does not answer for now. What runs goes on; what is to start waits.",
     "attempt.launcher_refused": "The cluster refuses to run the attempt. The operator has to help; the job waits.",
-    "attempt.lost": "The attempt ended without a result; the next goes on from the last checkpoint.",
+    "early.stopped": "The validation rows stopped to gain: the job ends here, and its best state is kept.",
+    "V7.label_not_in_train": "Validation rows have labels that no training row has; they were left out.",
     "V9.too_long": "Rows are longer than seq_len after the template; they were left out.",
 }

@@ -137,7 +137,6 @@ class Job:
     update_time: datetime
     deadline: datetime | None = None
     expire_time: datetime | None = None  # of a pause
-    barren: int = 0  # attempts in a row that committed nothing new
 
     @property
     def name(self) -> str:

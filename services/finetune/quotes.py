@@ -27,7 +27,6 @@ class Work:
 
     rows: int
     tokens: int  # of all rows of the train version
-    longest: int  # tokens of the longest row; 0: not known
     validation_rows: int  # of a version of its own; 0: a share of the rows
 
 
@@ -91,9 +90,9 @@ def seconds(size: Plan, speed: Rate, evaluations: int) -> Range:
     return Range(middle / spread, middle * spread)
 
 
-def peak_bytes(weights: int, rank: int, step_tokens: int, full: bool) -> Range:
-    """Bytes at the peak: the weights, their moments where they are learnt, and activations of one step."""
-    learnt = weights if full else weights * min(1.0, rank / 256)
+def peak_bytes(weights: int, rank: int, step_tokens: int) -> Range:
+    """Bytes at the peak: the weights, the adapter's moments, and activations of one step."""
+    learnt = weights * min(1.0, rank / 256)
     still = BYTES_PER_WEIGHT * (weights + 3 * learnt)
     active = step_tokens * 600_000.0 * math.sqrt(weights / 270e6)
     return Range(still, still + 2 * active)

@@ -29,10 +29,10 @@ from services.finetune.jobs import (
     Launcher,
     LauncherUnavailable,
     NameTaken,
-    Seen,
     State,
     Step,
     Waits,
+    Where,
     attempt_name,
     decide,
 )
@@ -153,7 +153,7 @@ class Reconciler:
         seen = await self.launcher.observe(job.name) if looks else None
         step = decide(job, seen, now)
         await self._tell(row, seen.waits if seen is not None else None, seen.reason if seen is not None else "")
-        await self._apply(row, job, step, seen)
+        await self._apply(row, job, step)
         return step
 
     async def _tell(self, row: Record, waits: Waits | None, why: str) -> None:
@@ -178,7 +178,7 @@ class Reconciler:
         for waits in Waits:
             self.telemetry.record("argosy.attempt.waiting", found[waits], {"argosy.reason": waits.value})
 
-    async def _apply(self, row: Record, job: Job, step: Step, seen: Seen | None) -> None:
+    async def _apply(self, row: Record, job: Job, step: Step) -> None:
         match step.do:
             case Do.WAIT:
                 if job.state is State.PAUSED and job.expire_time is None:  # it was paused while it was queued
@@ -201,7 +201,7 @@ class Reconciler:
                 await self._write(row, reaped=True)
                 self._ended(row, job)
             case Do.LOST:
-                await self._lost(row, job, step)
+                await self._lost(row, step)
             case Do.PAUSED:
                 expires = timedelta(days=self.settings.paused_days)
                 await self._move(row, State.PAUSED, row["reason"], expire_time=sql_jobs.NOW + expires, **_freed(row))
@@ -252,7 +252,7 @@ class Reconciler:
         if job.state in TERMINAL:
             self.telemetry.record("argosy.job.ended", 1, {"argosy.outcome": outcome, "argosy.reason": row["reason"] or "NONE"})
 
-    async def _lost(self, row: Record, job: Job, step: Step) -> None:
+    async def _lost(self, row: Record, step: Step) -> None:
         """Again from the last checkpoint, a little later; a job whose attempts commit nothing new in a row has failed."""
         barren = 0 if row["step"] > row["attempt_step"] else row["barren"] + (0 if step.disrupted else 1)
         if barren >= self.settings.attempts_without_progress:
@@ -289,7 +289,7 @@ class Reconciler:
             if known.get(uid) == int(attempt) or (await self._newer(uid, int(attempt))):
                 continue
             seen = await self.launcher.observe(name)
-            if seen.where in ("running", "pending"):
+            if seen.where in (Where.RUNNING, Where.PENDING):
                 await self.launcher.stop(name, 1.0)
             else:
                 await self.launcher.reap(name)
@@ -332,7 +332,6 @@ def job_of(row: Record, patient: bool = False) -> Job:
         update_time=row["update_time"],
         deadline=row["deadline"],
         expire_time=row["expire_time"],
-        barren=row["barren"],
     )
 
 

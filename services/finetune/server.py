@@ -233,10 +233,11 @@ async def finetune(
             stack.callback(objects.close)
         behind = verified(verifier or CallerVerifier(signing.public_keys(settings.caller_public_keys), AUDIENCE))
         key = signing.private_key(settings.manifest_key) if settings.manifest_key else Ed25519PrivateKey.generate()
-        desk = Desk(store, PageTokens(_secret(settings.page_token_key)))
+        secret = _secret(settings.page_token_key)
+        desk = Desk(store, PageTokens(secret))
         bases = Bases(settings.bases, settings.cache_dir)
         signer = Signer(key, settings.manifest_kid)
-        mint = TokenMint(hashlib.sha256(b"attempt tokens " + _secret(settings.page_token_key)).digest())
+        mint = TokenMint(hashlib.sha256(b"attempt tokens " + secret).digest())
         wake: list[Callable[[], None]] = []  # the reconciler, which needs the address that the server gets
         device = "cuda" if Path("/dev/nvidia0").exists() else "cpu"
 

@@ -188,8 +188,7 @@ async def claim(connection: AsyncConnection, owner: str, lease_s: float, limit: 
         .values(owner_epoch=_j.owner_epoch + func.cast(_j.owner != owner, _j.attempt.type), owner=owner, owner_time=NOW)
         .returning(jobs)
     )
-    rows = list((await connection.execute(taken)).mappings())
-    return sorted(rows, key=lambda row: (-row["priority"], row["create_time"]))
+    return list((await connection.execute(taken)).mappings())
 
 
 async def owned(connection: AsyncConnection, row: Record) -> Record:

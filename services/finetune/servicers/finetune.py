@@ -2,9 +2,7 @@
 
 import asyncio
 import hashlib
-import math
 import re
-import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -26,7 +24,7 @@ from services.chassis.errors import (
 )
 from services.chassis.objects import Objects
 from services.finetune import dataset_store, events, planning, quotes, sql_jobs
-from services.finetune.bases import Base, Bases
+from services.finetune.bases import Bases
 from services.finetune.datasets import TrainingVersion
 from services.finetune.feed import Feed
 from services.finetune.jobs import LIVE, TERMINAL, State
@@ -50,8 +48,6 @@ AHEAD = timedelta(seconds=55)  # of a deadline: a minute, less what a call takes
 ANSWER_SECONDS = 0.5  # of the deadline, kept from a long poll to answer with what there is
 BOOKMARK_SECONDS = 15.0
 SERVABLE_SECONDS = 60.0  # a watch waits so long for `servable` after SUCCEEDED
-METHODS = {pb.TUNE_METHOD_CLASSIFY: "CLASSIFY", pb.TUNE_METHOD_CHAT: "CHAT", pb.TUNE_METHOD_PREFERENCE: "PREFERENCE"}
-STEP_TOKENS = 2048
 
 
 class FineTuneServicer:
@@ -114,7 +110,7 @@ class FineTuneServicer:
         base = await self._bases.get(spec.base_model, f"{path}.base_model")
         if not asked.model:
             raise FieldInvalid("fine_tune_job.model", "required")
-        if spec.method not in METHODS:
+        if spec.method not in planning.METHODS:
             raise FieldInvalid(f"{path}.method", "required")
         # Its reference is the base, which a run that changes every weight no longer has; nor is it a sum over single examples.
         if spec.method == pb.TUNE_METHOD_PREFERENCE and (spec.WhichOneof("adapter") == "full" or spec.HasField("privacy")):
@@ -132,9 +128,12 @@ class FineTuneServicer:
         now = await sql_jobs.now(connection)
         if asked.HasField("deadline") and asked.deadline.ToDatetime(tzinfo=now.tzinfo) < now + AHEAD:
             raise FieldInvalid("fine_tune_job.deadline", "under_a_minute_ahead")
-        resolved, size = self._resolved(spec, base, train, held)
-        measured = await sql_jobs.rate(connection, spec.base_model, METHODS[spec.method])
-        quote = self._quote(resolved, base, size, measured["tokens_per_second"] if measured is not None else None)
+        resolved, size = planning.resolved(spec, base, train, held)
+        measured = await sql_jobs.rate(connection, spec.base_model, planning.METHODS[spec.method])
+        speed = quotes.rate(measured["tokens_per_second"] if measured is not None else None, base.weights)
+        quote = planning.quote(
+            resolved, base, size, speed, self._quotas.training_nanos_per_second, self._quotas.cost_currency, self._device
+        )
         planning.affordable(who, quote.low_cost.nanos, quote.device_seconds.low)
         limit = self._quotas.training_tokens_per_job
         if limit and size.tokens > limit:
@@ -160,90 +159,11 @@ class FineTuneServicer:
     async def _version(self, connection: AsyncConnection, name: str, field: str, method: int) -> TrainingVersion:
         own(name, VERSION_NAME, field)
         found = await dataset_store.version_for_training(connection, caller().project_uid, name, field)
-        if found.layout.format != METHODS[method].lower():  # type: ignore[index]
+        if found.layout.format != planning.METHODS[method].lower():  # type: ignore[index]
             raise FieldInvalid(field, "format")
         if not found.rows:
             raise FieldInvalid(field, "no_rows")
         return found
-
-    def _resolved(
-        self, spec: pb.FineTuneSpec, base: Base, train: TrainingVersion, held: TrainingVersion | None
-    ) -> tuple[pb.FineTuneSpec, quotes.Plan]:
-        """Every automatic value made concrete."""
-        made = pb.FineTuneSpec()
-        made.CopyFrom(spec)
-        method = METHODS[spec.method]
-        private = spec.HasField("privacy")
-        if spec.WhichOneof("adapter") == "full":
-            if private:
-                raise FieldInvalid("fine_tune_job.spec.privacy", "full")
-            raise ModelCapability("fine_tune_job.spec.full", "full_tune")  # no replica could serve what it makes
-        else:
-            lora = made.lora
-            lora.SetInParent()
-            if not lora.HasField("rank"):
-                lora.rank = 8 if private else 16
-            if not lora.HasField("alpha"):
-                lora.alpha = 2.0 * lora.rank
-            if private and not lora.targets:
-                lora.targets.extend(("q_proj", "v_proj"))
-            lora.dropout, lora.rslora, lora.dora = lora.dropout, lora.rslora, lora.dora  # zero and false, said aloud
-        if private and not spec.privacy.HasField("delta"):
-            made.privacy.delta = 1.0 / (10 * max(1, train.rows))
-        if not made.HasField("seed"):
-            made.seed = secrets.randbits(31)
-        if not made.HasField("packing"):
-            made.packing = not private
-        own_values = made.hyperparameters
-        own_values.SetInParent()
-        if not own_values.HasField("learning_rate"):
-            own_values.learning_rate = quotes.PRIVATE_RATE if private else quotes.LEARNING_RATE[method]
-        if not own_values.HasField("epochs"):
-            own_values.epochs = quotes.epochs_for(train.rows)
-        if not own_values.HasField("batch_size"):
-            own_values.batch_size = max(1, min(quotes.BATCH[method], train.rows))
-        chosen = pb.Hyperparameters(weight_decay=quotes.WEIGHT_DECAY, warmup_ratio=quotes.WARMUP_RATIO, max_grad_norm=quotes.MAX_GRAD_NORM)
-        chosen.MergeFrom(own_values)
-        own_values.CopyFrom(chosen)
-        if not made.HasField("seq_len"):
-            longest = train.longest.get(spec.base_model, 0)
-            made.seq_len = min(base.context, max(64, 1 << math.ceil(math.log2(max(longest + 64, 64)))), 2048)
-        elif made.seq_len > base.context:
-            raise FieldOutOfRange("fine_tune_job.spec.seq_len", made.seq_len, base.context, "tokens")
-        if held is None and not made.HasField("validation_fraction"):
-            made.validation_fraction = 0.1 if train.rows >= 20 else 0.0
-        tokens = train.tokens.get(spec.base_model) or train.total_bytes // 3
-        size = quotes.plan(
-            quotes.Work(train.rows, tokens, train.longest.get(spec.base_model, 0), held.rows if held is not None else 0),
-            own_values.epochs, own_values.batch_size, own_values.max_steps or None, made.validation_fraction,
-        )  # fmt: skip
-        measured = held is not None or made.validation_fraction > 0
-        if measured and not private:
-            made.early_stopping.SetInParent()
-            stopping = made.early_stopping
-            stopping.patience = stopping.patience or quotes.PATIENCE
-            stopping.min_delta = stopping.min_delta
-            stopping.interval_steps = stopping.interval_steps or -(-size.rows // own_values.batch_size)
-        if not made.HasField("checkpoint_interval_steps"):
-            made.checkpoint_interval_steps = quotes.checkpoint_interval(size.steps)
-        return made, size
-
-    def _quote(self, spec: pb.FineTuneSpec, base: Base, size: quotes.Plan, measured: float | None) -> pb.Quote:
-        speed = quotes.rate(measured, base.weights)
-        evaluations = max(1, math.ceil(2 * spec.hyperparameters.epochs)) + 1
-        took = quotes.seconds(size, speed, evaluations)
-        memory = quotes.peak_bytes(base.weights, spec.lora.rank, STEP_TOKENS, spec.WhichOneof("adapter") == "full")
-        stops = 0.5 if spec.HasField("early_stopping") else 1.0  # early stopping may end it at half
-        price, currency = self._quotas.training_nanos_per_second, self._quotas.cost_currency
-        return pb.Quote(
-            tokens=pb.Estimate(low=size.tokens * 0.9 * stops, high=size.tokens * 1.1),
-            steps=pb.Estimate(low=math.floor(size.steps * stops), high=size.steps),
-            device_seconds=pb.Estimate(low=took.low * stops, high=took.high),
-            peak_bytes=pb.Estimate(low=memory.low, high=memory.high),
-            low_cost=events.money(currency, math.floor(took.low * stops * price)),
-            high_cost=events.money(currency, math.ceil(took.high * price)),
-            device=self._device,
-        )
 
     async def _within_quota(self, connection: AsyncConnection, tokens: int) -> None:
         alive, recent = await sql_jobs.counts(connection, caller().project_uid)

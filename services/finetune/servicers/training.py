@@ -47,7 +47,6 @@ from services.finetune.tokens import Shown, Tokens
 SERVICE = "argosy.internal.training.v1.TrainingService"
 PROGRESS_SECONDS = 1.0  # progress events closer together are one
 KEPT_CHECKPOINTS = 3  # the newest, that a run may go on from; the best stays beside them
-NANOS = 1_000_000_000
 RUNNING = frozenset({State.RUNNING, State.PAUSING, State.CANCELLING})
 
 _shown: ContextVar[Shown] = ContextVar("what an attempt showed")
@@ -95,7 +94,7 @@ class TrainingServicer:
         bounds.check(request)
         async with self._store.transaction() as connection:
             row = await self._job(connection, request.job)
-            if row["attempt"] != request.attempt or State(row["state"]) not in (State.PREPARING, State.RUNNING, *RUNNING):
+            if row["attempt"] != request.attempt or State(row["state"]) not in {State.PREPARING, *RUNNING}:
                 raise WorkerFenced
             if row["nonce"] != request.nonce:
                 values: dict[str, Any] = {"fence": row["fence"] + 1, "nonce": request.nonce, "report": 0, "lease_time": self._lease()}
