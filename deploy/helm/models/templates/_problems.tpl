@@ -10,7 +10,9 @@ global.tls.mode is generated, and only a release with the platform in it generat
 global.keys.existingSecret is missing: this release makes no keys, so name the platform release's Secret, such as argosy-keys
 {{- end }}
 {{- end }}
-{{- $broken := list }}
+{{- if and (eq .Values.global.tls.mode "certManager") (not (.Capabilities.APIVersions.Has "cert-manager.io/v1")) }}
+global.tls.mode is certManager, and this cluster has no cert-manager.io/v1
+{{- end }}
 {{- range $model := include "models.names" . | fromJsonArray }}
 {{- $at := printf "models.%s" $model }}
 {{- $entry := include "models.entry" (dict "root" $root "model" $model) | fromJson }}
