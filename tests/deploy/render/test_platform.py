@@ -1,9 +1,11 @@
 """The platform chart: what its pods are, what their services read, and what it refuses."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -178,6 +180,48 @@ def test_a_changed_pool_rolls_the_worker(toolbox: Toolbox) -> None:
 
     assert checksum({}) == checksum({"gateway": {"replicas": 3}})
     assert checksum({}) != checksum({"finetune": {"bases": {"other": BASE}}})
+
+
+EVERYTHING: Object = {
+    "gateway": {
+        "autoscaling": {"min": 2, "max": 9, "callsPerReplica": 40},
+        "gpuHealth": True,
+        "certificateSecret": "public",
+        "route": {"kind": "Ingress", "hostnames": ["llm.example"], "className": "nginx", "annotations": {"a": "b"}},
+        "service": {"type": "LoadBalancer", "loadBalancerClass": "x", "annotations": {"a": "b"}},
+        "settings": {"ARGOSY_QUEUE_SECONDS": 5},
+        "nodeSelector": {"a": "b"},
+        "tolerations": [{"key": "a", "operator": "Exists"}],
+        "podAnnotations": {"a": "b"},
+    },
+    "finetune": {
+        "trainerImage": f"localhost/argosy-trainer@sha256:{'0' * 64}",
+        "nodeSelector": {"a": "b"},
+        "trainer": {"accountAnnotations": {"a": "b"}},
+    },
+    "global": {"image": {"pullSecrets": [{"name": "pull"}]}, "store": {"credentialsSecret": "s3"}},
+    "networkPolicy": {"callers": {"cidrs": ["192.0.2.0/24"]}, "egress": [{"ports": [{"port": 4318}]}]},
+    "monitoring": {"otlpEndpoint": "http://collector:4318"},
+    "admissionPolicy": {"enabled": True},
+    "priorityClasses": {"create": True},
+}
+
+
+@pytest.mark.parametrize("version", ["1.34", "1.35", "1.36", "1.37"])
+def test_valid_on_1_34_to_1_37(toolbox: Toolbox, version: str) -> None:
+    """Every object of both charts with everything on, and each training pod, against that version's own schemas."""
+    rendered = platform(toolbox, EVERYTHING, "--kube-version", f"{version}.0", apis=("jobset.x-k8s.io/v1alpha2",))
+    trainers = [yaml.safe_load(text) for text in find(rendered, *TRAINERS)["data"].values()]
+    made = [{"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pool"}, "template": trainer} for trainer in trainers]
+    tenant = template(toolbox.helm, "tenant", {}, "--kube-version", f"{version}.0")
+    for each in {(each["kind"], len(json.dumps(each))): each for each in (*rendered, *tenant, *made)}.values():
+        kubernetes_validate.validate(each, version, strict=True)
+
+
+@pytest.mark.parametrize("version", ["1.33.9", "1.30.0"])
+def test_older_clusters_are_refused(toolbox: Toolbox, version: str) -> None:
+    with pytest.raises(Refusal, match=r"requires kubeVersion: >=1\.34"):
+        platform(toolbox, {}, "--kube-version", version)
 
 
 # --- what appears only where its API is ---------------------------------------------------------------------------------------------
