@@ -222,8 +222,8 @@ class GateNotPassed(ServiceError, code="FAILED_PRECONDITION", details=_STATE):
 class PrivacyBudgetExceeded(ServiceError, code="FAILED_PRECONDITION", details=_STATE):
     """The privacy budget does not allow this training."""
 
-    def __init__(self, field: str = "privacy") -> None:
-        super().__init__(field=field)
+    def __init__(self, field: str = "privacy", asked: float | None = None, limit: float | None = None) -> None:
+        super().__init__(field=field, asked=asked, limit=limit)
 
 
 class ModelCapability(ServiceError, code="FAILED_PRECONDITION", details=_STATE):

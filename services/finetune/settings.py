@@ -58,6 +58,8 @@ class JobQuotas:
     training_tokens_per_day: int = field(default=0, metadata={"minimum": 0})
     training_nanos_per_second: int = field(default=20_000, metadata={"minimum": 0})  # price of a second of an attempt, 1e-9 of a unit
     cost_currency: str = "USD"
+    # Epsilon of all private jobs on one dataset together, added up; a job that might go over it is refused.
+    privacy_epsilon_per_dataset: float = field(default=16.0, metadata={"minimum": 0.0})
 
 
 @dataclass(frozen=True)

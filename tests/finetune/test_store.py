@@ -23,7 +23,7 @@ async def test_the_schema_is_what_the_tables_say(finetune_url: str) -> None:
 async def test_a_second_start_migrates_nothing(finetune_url: str) -> None:
     for _ in range(2):
         async with open_store(finetune_url, wait=True) as store, store.transaction() as connection:
-            assert (await connection.execute(text("SELECT version_num FROM schema_version"))).scalar() == "f0004"
+            assert (await connection.execute(text("SELECT version_num FROM schema_version"))).scalar() == "f0005"
 
 
 async def test_an_error_does_not_say_what_was_to_be_written(finetune_url: str) -> None:

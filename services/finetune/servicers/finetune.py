@@ -18,17 +18,19 @@ from services.chassis.errors import (
     FieldInvalid,
     FieldOutOfRange,
     ModelCapability,
+    PrivacyBudgetExceeded,
     QuotaExceeded,
     ResourceNotFound,
     WrongState,
 )
 from services.chassis.objects import Objects
-from services.finetune import dataset_store, events, planning, quotes, sql_jobs
+from services.finetune import dataset_store, events, planning, quotes, sql_jobs, sql_privacy
 from services.finetune.bases import Bases
 from services.finetune.datasets import TrainingVersion
 from services.finetune.feed import Feed
 from services.finetune.jobs import LIVE, TERMINAL, State
 from services.finetune.overlap import shared_rows
+from services.finetune.privacy import Budget, Spent
 from services.finetune.queries import Record, after_of
 from services.finetune.reconciler import wanted
 from services.finetune.servicers.dataset_messages import deletion
@@ -85,12 +87,18 @@ class FineTuneServicer:
             own(asked.model, MODEL_NAME, "fine_tune_job.model")
         if request.validate_only:
             async with self.desk.store.transaction() as connection:
-                return shown(await self._planned(connection, asked))
+                planned = await self._planned(connection, asked)
+                planned.pop("private", None)
+                return shown(planned)
 
         async def work(connection: AsyncConnection) -> pb.FineTuneJob:
             values = await self._planned(connection, asked)
             await self._within_quota(connection, values["train_tokens"])
-            return shown(await sql_jobs.add(connection, values))
+            private = values.pop("private", None)
+            row = await sql_jobs.add(connection, values)
+            if private is not None:
+                await self._reserved(connection, row, *private)
+            return shown(row)
 
         made = await self.desk.change("CreateFineTuneJob", request, pb.FineTuneJob, work)
         self._changed()
@@ -134,6 +142,7 @@ class FineTuneServicer:
         quote = planning.quote(
             resolved, base, size, speed, self._quotas.training_nanos_per_second, self._quotas.cost_currency, self._device
         )
+        private = await self._private(connection, resolved, train, quote) if resolved.HasField("privacy") else {}
         planning.affordable(who, quote.low_cost.nanos, quote.device_seconds.low)
         limit = self._quotas.training_tokens_per_job
         if limit and size.tokens > limit:
@@ -154,7 +163,32 @@ class FineTuneServicer:
             "priority": asked.priority or pb.JOB_PRIORITY_NORMAL, "currency": self._quotas.cost_currency,
             "nanos_per_second": self._quotas.training_nanos_per_second, "max_nanos": max_nanos, "target_step": 0,
             "deadline": asked.deadline.ToDatetime(tzinfo=now.tzinfo) if asked.HasField("deadline") else None,
-        }  # fmt: skip
+        } | private  # fmt: skip
+
+    async def _private(
+        self, connection: AsyncConnection, spec: pb.FineTuneSpec, train: TrainingVersion, quote: pb.Quote
+    ) -> dict[str, tuple[TrainingVersion, Spent]]:
+        """What the job would take of its dataset's privacy, into its quote. Raises PrivacyBudgetExceeded where that is not left."""
+        if spec.privacy.unit == pb.PRIVACY_UNIT_USER:
+            raise FieldInvalid("fine_tune_job.spec.privacy.unit", "no_user_column")
+        asked = Spent(spec.privacy.epsilon, spec.privacy.delta)
+        budget = await self._budget(connection, train)
+        said = pb.PrivacyBudget(
+            spent_epsilon=budget.spent.epsilon, asked_epsilon=asked.epsilon, epsilon_ceiling=budget.epsilon or None,
+            spent_delta=budget.spent.delta, asked_delta=asked.delta, delta_ceiling=budget.delta,
+        )  # fmt: skip
+        quote.privacy.CopyFrom(said)
+        _check(budget, asked)
+        return {"private": (train, asked)}
+
+    async def _budget(self, connection: AsyncConnection, train: TrainingVersion) -> Budget:
+        used = await sql_privacy.spent(connection, caller().project_uid, train.dataset_uid, train.sha256)
+        return Budget(used, self._quotas.privacy_epsilon_per_dataset, train.rows)
+
+    async def _reserved(self, connection: AsyncConnection, row: Record, train: TrainingVersion, asked: Spent) -> None:
+        """Looked at again behind the lock that creations of one project share: two at once may not both have the last of it."""
+        _check(await self._budget(connection, train), asked)
+        await sql_privacy.add(connection, row["project_uid"], row["uid"], train.dataset_uid, train.sha256, asked)
 
     async def _version(self, connection: AsyncConnection, name: str, field: str, method: int) -> TrainingVersion:
         own(name, VERSION_NAME, field)
@@ -338,6 +372,15 @@ class FineTuneServicer:
         made: pb.FineTuneJob = await self.desk.change(method, request, pb.FineTuneJob, work)
         self._changed()
         return made
+
+
+def _check(budget: Budget, asked: Spent) -> None:
+    if not budget.allows(asked):
+        epsilons = budget.epsilon and budget.spent.epsilon + asked.epsilon > budget.epsilon
+        wanted, limit = (
+            (asked.epsilon, budget.epsilon - budget.spent.epsilon) if epsilons else (asked.delta, budget.delta - budget.spent.delta)
+        )
+        raise PrivacyBudgetExceeded("fine_tune_job.spec.privacy", wanted, max(0.0, limit))
 
 
 async def _job(connection: AsyncConnection, name: str, field: str = "name", *, lock: bool = False) -> Record:

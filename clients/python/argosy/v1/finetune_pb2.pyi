@@ -600,6 +600,7 @@ class Quote(_message.Message):
     LOW_COST_FIELD_NUMBER: _builtins.int
     HIGH_COST_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    PRIVACY_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """Such as "cpu" or "cuda"."""
     @_builtins.property
@@ -626,6 +627,10 @@ class Quote(_message.Message):
     def high_cost(self) -> _usage_pb2.Cost:
         """It will hardly cost more. Unset: the fleet has no price list."""
 
+    @_builtins.property
+    def privacy(self) -> Global___PrivacyBudget:
+        """What the job would take of its dataset's privacy budget. Unset: it is not private."""
+
     def __init__(
         self,
         *,
@@ -636,14 +641,59 @@ class Quote(_message.Message):
         low_cost: _usage_pb2.Cost | None = ...,
         high_cost: _usage_pb2.Cost | None = ...,
         device: _builtins.str = ...,
+        privacy: Global___PrivacyBudget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["device_seconds", b"device_seconds", "high_cost", b"high_cost", "low_cost", b"low_cost", "peak_bytes", b"peak_bytes", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device_seconds", b"device_seconds", "high_cost", b"high_cost", "low_cost", b"low_cost", "peak_bytes", b"peak_bytes", "privacy", b"privacy", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "device_seconds", b"device_seconds", "high_cost", b"high_cost", "low_cost", b"low_cost", "peak_bytes", b"peak_bytes", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "device_seconds", b"device_seconds", "high_cost", b"high_cost", "low_cost", b"low_cost", "peak_bytes", b"peak_bytes", "privacy", b"privacy", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Quote: _TypeAlias = Quote  # noqa: Y015
+
+@_typing.final
+class PrivacyBudget(_message.Message):
+    """Privacy spent on one dataset by all its private jobs: their numbers added up, which is never too little."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPENT_EPSILON_FIELD_NUMBER: _builtins.int
+    ASKED_EPSILON_FIELD_NUMBER: _builtins.int
+    EPSILON_CEILING_FIELD_NUMBER: _builtins.int
+    SPENT_DELTA_FIELD_NUMBER: _builtins.int
+    ASKED_DELTA_FIELD_NUMBER: _builtins.int
+    DELTA_CEILING_FIELD_NUMBER: _builtins.int
+    spent_epsilon: _builtins.float
+    """Spent by jobs that have ended, and promised by those that have not."""
+    asked_epsilon: _builtins.float
+    """What this job may spend at most."""
+    epsilon_ceiling: _builtins.float
+    """The sum may not go over it. Unset: there is no ceiling."""
+    spent_delta: _builtins.float
+    """The same of delta."""
+    asked_delta: _builtins.float
+    """What this job may spend at most."""
+    delta_ceiling: _builtins.float
+    """The sum may not go over it: 1 / rows."""
+    def __init__(
+        self,
+        *,
+        spent_epsilon: _builtins.float = ...,
+        asked_epsilon: _builtins.float = ...,
+        epsilon_ceiling: _builtins.float | None = ...,
+        spent_delta: _builtins.float = ...,
+        asked_delta: _builtins.float = ...,
+        delta_ceiling: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon_ceiling", b"_epsilon_ceiling", "epsilon_ceiling", b"epsilon_ceiling"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon_ceiling", b"_epsilon_ceiling", "asked_delta", b"asked_delta", "asked_epsilon", b"asked_epsilon", "delta_ceiling", b"delta_ceiling", "epsilon_ceiling", b"epsilon_ceiling", "spent_delta", b"spent_delta", "spent_epsilon", b"spent_epsilon"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__epsilon_ceiling: _TypeAlias = _typing.Literal["epsilon_ceiling"]  # noqa: Y015
+    _WhichOneofArgType__epsilon_ceiling: _TypeAlias = _typing.Literal["_epsilon_ceiling", b"_epsilon_ceiling"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_ceiling) -> _WhichOneofReturnType__epsilon_ceiling | None: ...
+
+Global___PrivacyBudget: _TypeAlias = PrivacyBudget  # noqa: Y015
 
 @_typing.final
 class FineTuneJob(_message.Message):
