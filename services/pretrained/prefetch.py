@@ -105,7 +105,8 @@ class Hub:
     def fetch(self, names: list[str], folder: Path) -> None:
         """See Source."""
         with self._asking():
-            self._hub.snapshot_download(self._model, revision=self._revision, allow_patterns=names, local_dir=folder)
+            for name in names:
+                self._hub.hf_hub_download(self._model, name, revision=self._revision, local_dir=folder)
         shutil.rmtree(folder / ".cache", ignore_errors=True)
 
     @contextlib.contextmanager
