@@ -115,5 +115,6 @@ WARNINGS = {
     "attempt.launcher_refused": "The cluster refuses to run the attempt. The operator has to help; the job waits.",
     "early.stopped": "The validation rows stopped to gain: the job ends here, and its best state is kept.",
     "V7.label_not_in_train": "Validation rows have labels that no training row has; they were left out.",
+    "V12.near_rows": "Rows that are measured on are nearly alike rows that are learnt from: what is measured may be too good.",
     "V9.too_long": "Rows are longer than seq_len after the template; they were left out.",
 }

@@ -152,16 +152,18 @@ class Reconciler:
         looks = job.attempt > 0 and (job.state in WORKING or not job.reaped)
         seen = await self.launcher.observe(job.name) if looks else None
         step = decide(job, seen, now)
-        await self._tell(row, seen.waits if seen is not None else None, seen.reason if seen is not None else "")
+        waits = None if seen is None else seen.waits
+        if seen is not None and waits is not None:
+            await self._tell(row, waits, seen.reason)
         await self._apply(row, job, step)
+        if waits is None:  # and what was asked for was done
+            self._waits.pop(row["uid"], None)
         return step
 
-    async def _tell(self, row: Record, waits: Waits | None, why: str) -> None:
+    async def _tell(self, row: Record, waits: Waits, why: str) -> None:
         """Say in the job's log what it waits for, once for each cause; what the cluster said of it is for the operator alone."""
         clock = asyncio.get_running_loop().time()
-        known = self._waits.pop(row["uid"], None)
-        if waits is None:
-            return
+        known = self._waits.get(row["uid"])
         self._waits[row["uid"]] = (waits, clock)
         if waits is Waits.STARTING or (known is not None and known[0] is waits):
             return

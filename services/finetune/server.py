@@ -91,6 +91,7 @@ class Running:
     store: FineTuneStore
     objects: Objects
     callback_url: str = ""  # where trainers of the operator's own post progress; empty: nowhere
+    training_address: str = ""  # where attempts reach TrainingService
 
 
 def permit(method: str, caller: Caller) -> None:
@@ -316,5 +317,5 @@ async def finetune(
         wake.append(reconciler.wake)
         await stack.enter_async_context(_working(reconciler.run))
         await serving.ready()
-        yield Running(serving.address, serving, store, objects, posted)
+        yield Running(serving.address, serving, store, objects, posted, attempts_at)
         await serving.drain(announce_s=0, grace_s=settings.listener.grace_seconds if signals else 0)

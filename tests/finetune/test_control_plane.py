@@ -178,7 +178,7 @@ class House:
 
 @asynccontextmanager
 async def house(
-    url: str, base: Path, folder: Path, *, jobs: JobSettings = QUICK, launched: bool = False, **quotas: Any
+    url: str, base: Path, folder: Path, *, jobs: JobSettings = QUICK, launched: bool = False, cluster: Any = None, **quotas: Any
 ) -> AsyncIterator[House]:
     launcher = Launcher()
     settings = FineTuneSettings(
@@ -186,8 +186,9 @@ async def house(
         quotas=JobQuotas(**({"training_nanos_per_second": 1_000_000} | quotas)),
     )  # fmt: skip
     verifier = CallerVerifier({"test": KEY.public_key()}, AUDIENCE)
-    own = None if launched else launcher  # else attempts are processes
-    async with finetune(settings, launcher=own, verifier=verifier) as running, grpc.aio.insecure_channel(running.address) as channel:
+    own = None if launched or cluster else launcher  # else attempts are processes, or the cluster's
+    serving = finetune(settings, launcher=own, verifier=verifier, cluster=cluster)
+    async with serving as running, grpc.aio.insecure_channel(running.address) as channel:
         tenant = Tenant(dataset_pb2_grpc.DatasetServiceStub(channel), f"t-{uuid4().hex[:8]}", scopes=SCOPES)
         layout = {"encoding": 2, "text_columns": ["text"], "label_column": "label", "delimiter": "\t", "header": True}
         made = await tenant.dataset("rows", layout=layout)
