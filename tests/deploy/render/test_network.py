@@ -31,6 +31,7 @@ def pod(component: str, namespace: str, release: str = "argosy") -> Party:
 GATEWAY, FINETUNE, MODEL = pod("gateway", "argosy"), pod("finetune", "argosy"), pod("model", "argosy")
 TRAINER, STRAY = pod("trainer", "argosy-jobs"), Party("stray", "argosy-jobs", {"app": "miner"}, "10.244.0.10")
 CALLER, PROMETHEUS = Party("caller", "default", {"app": "x"}, "10.244.0.11"), Party("prometheus", "monitoring", {"app": "p"}, "10.244.0.12")
+KEDA = Party("keda", "keda", {"app": "keda-operator"}, "10.244.0.14")
 DNS = Party("dns", "kube-system", {"k8s-app": "kube-dns"}, "10.244.0.13")
 API, DATABASE, STORE = Party("api", address="10.0.0.1"), Party("database", address="10.0.1.1"), Party("store", address="10.0.2.1")
 INTERNET, METADATA = Party("internet"), Party("metadata", address="169.254.169.254")
@@ -100,9 +101,10 @@ EDGES = [
     (GATEWAY, MODEL, 8500), (GATEWAY, FINETUNE, 8600), (GATEWAY, DATABASE, 5432), (GATEWAY, API, 6443), (GATEWAY, API, 443),
     (FINETUNE, DATABASE, 5432), (FINETUNE, STORE, 443), (FINETUNE, API, 6443),
     (TRAINER, FINETUNE, 8601), (TRAINER, STORE, 443), (MODEL, STORE, 443),
-    (PROMETHEUS, GATEWAY, 9090), (PROMETHEUS, FINETUNE, 9090), (PROMETHEUS, MODEL, 9090),
+    (KEDA, GATEWAY, 8444), (PROMETHEUS, GATEWAY, 9090), (PROMETHEUS, FINETUNE, 9090), (PROMETHEUS, MODEL, 9090),
 ]  # fmt: skip
 NO_EDGES = [
+    (CALLER, GATEWAY, 8444), (KEDA, GATEWAY, 9090), (KEDA, MODEL, 8500),
     (CALLER, GATEWAY, 9090), (CALLER, GATEWAY, 8081), (CALLER, FINETUNE, 8600), (CALLER, FINETUNE, 8601), (CALLER, MODEL, 8500),
     (TRAINER, FINETUNE, 8600), (TRAINER, GATEWAY, 8443), (TRAINER, MODEL, 8500), (TRAINER, DATABASE, 5432), (TRAINER, API, 6443),
     (TRAINER, API, 443), (TRAINER, INTERNET, 443), (TRAINER, METADATA, 80), (TRAINER, METADATA, 443), (TRAINER, TRAINER, 29500),

@@ -257,6 +257,16 @@ def test_one_can_leave_fine_tuning_out(toolbox: Toolbox) -> None:
     assert "ARGOSY_FINETUNE_ADDRESS" not in variables(find(objects, *GATEWAY)["spec"]["template"]["spec"]["containers"][0])
 
 
+def test_A25_a_set_of_jobs_is_held_to_the_rules_of_a_job(toolbox: Toolbox) -> None:
+    """JobSet's controller makes the Jobs by an account of its own, which the policy on Jobs does not concern."""
+    changes = {"admissionPolicy": {"enabled": True, "tags": True}}
+    assert len(of(platform(toolbox, changes), "ValidatingAdmissionPolicy")) == 1
+    one, sets = of(platform(toolbox, changes, apis=("jobset.x-k8s.io/v1alpha2",)), "ValidatingAdmissionPolicy")
+    assert sets["spec"]["matchConstraints"]["resourceRules"][0]["resources"] == ["jobsets"]
+    assert one["spec"]["validations"] == sets["spec"]["validations"]
+    assert one["spec"]["variables"][0] != sets["spec"]["variables"][0]
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------------------------
 
 
