@@ -5,8 +5,14 @@
 {{- toJson $names -}}
 {{- end }}
 
-{{- /* All of a model's values, with what `defaults` and its pool say for it. Takes root, model. JSON. */}}
+{{- /* All of a model's values, with what `defaults` and its pool say for it. Takes root, model. JSON, worked out once a rendering. */}}
 {{- define "models.entry" -}}
+{{- if not (hasKey .root.Values "worked") }}{{ $_ := set .root.Values "worked" dict }}{{ end -}}
+{{- if not (hasKey .root.Values.worked .model) }}{{ $_ := set .root.Values.worked .model (include "models.workedEntry" .) }}{{ end -}}
+{{- get .root.Values.worked .model -}}
+{{- end }}
+
+{{- define "models.workedEntry" -}}
 {{- $own := get .root.Values.models .model | default dict -}}
 {{- $entry := include "common.overlay" (dict "base" .root.Values.defaults "top" $own) | fromJson -}}
 {{- /* A replica count that is null gives the field to somebody else; one that is not there is the default. */}}
