@@ -5,7 +5,7 @@ import pytest
 from tests.deploy.render.conftest import GROUPS, H100, KEDA, Models, model
 from tests.deploy.templates import Object, find, of, over
 
-GATEWAY: Object = {"scaling": {"gatewayAddress": "argosy-gateway.argosy.svc:8443"}}
+GATEWAY: Object = {"scaling": {"gatewayAddress": "argosy-gateway.argosy.svc:8444"}}
 
 
 def scaled(**autoscaling: object) -> Object:
@@ -32,6 +32,12 @@ def test_up_at_once_and_down_one_a_load_time(models: Models) -> None:
     assert behavior["scaleDown"] == {"stabilizationWindowSeconds": 240, "policies": [{"type": "Pods", "value": 1, "periodSeconds": 240}]}
 
 
+def test_a_service_says_how_long_a_load_takes(models: Models) -> None:
+    """The gateway reads it from the slices of a model that sleeps."""
+    labels = find(models({"m": model(load={"expectedSeconds": 45})}), "Service", "argosy-model-m")["metadata"]["labels"]
+    assert labels["argosy.dev/load-seconds"] == "45"
+
+
 def test_hpa_zero_needs_1_37(models: Models) -> None:
     assert "which an HPA has from Kubernetes 1.37" in models.refusal({"m": scaled(min=0, max=8)}, kube="1.36.9")
     objects = models({"m": scaled(min=0, max=8)}, kube="1.37.0-gke.100")
@@ -45,7 +51,7 @@ def test_keda_is_pushed_by_the_gateway(models: Models) -> None:
     (trigger,) = spec["triggers"]
     assert trigger["type"] == "external-push"
     assert trigger["metadata"] == {
-        "scalerAddress": "argosy-gateway.argosy.svc:8443",
+        "scalerAddress": "argosy-gateway.argosy.svc:8444",
         "model": "m",
         "signal": "queue",
         "target": "8",

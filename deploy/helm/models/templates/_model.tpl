@@ -45,7 +45,7 @@
 {{- end }}
 
 {{- define "models.gatewayAddress" -}}
-{{ .Values.scaling.gatewayAddress | default (ternary "" (printf "%s.%s.svc:8443" (include "common.name" (dict "root" . "component" "gateway")) .Release.Namespace) .Chart.IsRoot) }}
+{{ .Values.scaling.gatewayAddress | default (ternary "" (printf "%s.%s.svc:8444" (include "common.name" (dict "root" . "component" "gateway")) .Release.Namespace) .Chart.IsRoot) }}
 {{- end }}
 
 {{- define "models.serviceAccount" -}}

@@ -108,7 +108,7 @@ global.tls.mode is certManager, and this cluster has no cert-manager.io/v1
 {{ $at }}.autoscaling.engine is keda, and this cluster has no keda.sh/v1alpha1
 {{- end }}
 {{- if not (include "models.gatewayAddress" $root) }}
-scaling.gatewayAddress is missing: KEDA asks the gateway, such as argosy-gateway.argosy.svc:8443
+scaling.gatewayAddress is missing: KEDA asks the gateway, such as argosy-gateway.argosy.svc:8444
 {{- end }}
 {{- else if and (eq (int $scaling.min) 0) (semverCompare "<1.37.0-0" $root.Capabilities.KubeVersion.Version) }}
 {{ $at }}.autoscaling.min is 0, which an HPA has from Kubernetes 1.37 and this is {{ $root.Capabilities.KubeVersion.Version }}: use engine keda
