@@ -1,7 +1,7 @@
 """A cluster as ground for attempts, for whatever API server there is."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,17 @@ class Cluster:
         self._client, self._folder, self._started, self._namespace = client, folder, started, namespace
         self._open: list[ClusterLauncher] = []
 
-    def launcher(self, code: int | None, owner: str = "ours", **changed: Any) -> ClusterLauncher:
+    def launcher(
+        self, code: int | None, owner: str = "ours", *, spec: Mapping[str, Any] | None = None, client: Any = None, **changed: Any
+    ) -> ClusterLauncher:
+        """`spec` replaces parts of the template's; `client` asks in place of the ground's own; the rest are terms, and `nodes`."""
         notes = {"run_seconds": "never"} if code is None else {"run_seconds": "0.2", "exit_code": str(code)}
-        (self._folder / f"pool-{code}.yaml").write_text(json.dumps(template(**notes)))
+        made_of = template(**notes)
+        made_of["spec"] |= spec or {}
+        (self._folder / f"pool-{code}.yaml").write_text(json.dumps(made_of))
         terms = {"address": "finetune.argosy.svc:8601", "store_url": "s3://bucket", "grace_s": 1}
         place = Place(self._folder, f"pool-{code}", (self._namespace,), nodes=changed.pop("nodes", 1))
-        made = ClusterLauncher(Api(self._client()), place, Terms(owner, **(terms | changed)))
+        made = ClusterLauncher(Api(client or self._client()), place, Terms(owner, **(terms | changed)))
         made.start()
         self._open.append(made)
         return made
