@@ -4,11 +4,12 @@ import hashlib
 from collections.abc import Sequence
 
 from services.chassis.objects import ObjectMissing, SyncObjects
+from services.finetune import near_duplicates
 from services.finetune.rows import Row, read_rows
 from services.finetune.splits import split
-from services.finetune.trainer.control import Claim, Failure, Grant
+from services.finetune.trainer.control import Claim, Failure, Grant, Warned
 
-__all__ = ["Unusable", "divided", "granted", "numbered"]
+__all__ = ["Unusable", "divided", "granted", "near_overlap", "numbered"]
 
 
 class Unusable(Exception):
@@ -36,6 +37,17 @@ def numbered(learnt: Sequence[Row], held: Sequence[Row], apart: bool) -> list[tu
     places = sorted(row.byte_offset for row in (learnt if apart else [*learnt, *held]))
     number = {offset: at for at, offset in enumerate(places)}
     return [(number[row.byte_offset], row) for row in learnt]
+
+
+def near_overlap(learnt: Sequence[Row], held: Sequence[Row]) -> Warned | None:
+    """Rows to measure on that are nearly alike one to learn from (V12): what is measured on them is too good. None: there are none.
+
+    Exact ones cannot be there: two versions that share rows make no job, and a split keeps equal rows on one side.
+    """
+    most = near_duplicates.MAX_TEXTS
+    ours, theirs = (near_duplicates.minima(["\n".join(row.said) for row in rows[:most]]) for rows in (learnt, held))
+    found = near_duplicates.overlap(ours, theirs)
+    return Warned("V12.near_rows", held[int(found[0])].line, len(found)) if len(found) else None
 
 
 def granted(objects: SyncObjects, grant: Grant) -> list[Row]:

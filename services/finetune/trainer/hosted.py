@@ -40,7 +40,7 @@ from services.finetune.trainer.control import (
     Report,
     Unanswered,
 )
-from services.finetune.trainer.grants import Unusable, divided
+from services.finetune.trainer.grants import Unusable, divided, near_overlap
 from services.finetune.trainer.parts import store
 from services.finetune.trainer.spec import Method
 from services.pretrained import weights
@@ -135,8 +135,9 @@ class Hosted:
         digest = weights.digest(self.directory, folder)
         if claim.base_digest and digest != claim.base_digest:
             raise Unusable(Failure("BASE_CHANGED"))
-        self.control.report(Report(phase="loading"))
         train, held = divided(self.objects, claim)
+        near = near_overlap(train, held) if held else None
+        self.control.report(Report(phase="loading", warnings=(near,) if near is not None else ()))
         labels = tuple(sorted({row.label for row in train})) if claim.spec.method is Method.CLASSIFY else ()
         held = [row for row in held if not labels or row.label in labels]
         environment = self._laid_out(folder, claim, train, held, labels)

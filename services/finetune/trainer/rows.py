@@ -7,7 +7,7 @@ from services.chassis.objects import SyncObjects
 from services.finetune.rows import Row, Turn
 from services.finetune.trainer.batches import Example
 from services.finetune.trainer.control import Claim, Failure, Warned
-from services.finetune.trainer.grants import Unusable, divided, numbered
+from services.finetune.trainer.grants import Unusable, divided, near_overlap, numbered
 from services.finetune.trainer.rendering import Renderer
 from services.finetune.trainer.spec import Method, Spec
 from services.pretrained.templates import TemplateRefused
@@ -33,6 +33,9 @@ def prepare(objects: SyncObjects, claim: Claim, renderer: Renderer) -> Prepared:
     learnt = tuple(numbered(rows, held, claim.validation is not None)) if spec.privacy is None else ()
     labels = tuple(sorted({row.label for row in rows})) if spec.method is Method.CLASSIFY else ()
     warnings: list[Warned] = []
+    # Of a private run's rows nothing is told that its accountant does not count.
+    if spec.privacy is None and held and (near := near_overlap(rows, held)) is not None:
+        warnings.append(near)
     unknown = [row for row in held if labels and row.label not in labels]
     if unknown:
         warnings.append(Warned("V7.label_not_in_train", unknown[0].line, len(unknown)))
