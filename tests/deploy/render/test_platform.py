@@ -134,6 +134,31 @@ def test_every_variable_is_one_its_service_reads(toolbox: Toolbox, name: str, cl
     assert f"argosy-{name}" in container["image"]
 
 
+def test_no_variable_can_be_said_twice(toolbox: Toolbox) -> None:
+    """The list of names that the chart keeps to itself is the list of names it sets."""
+    known = (CHARTS / "platform" / "templates" / "_platform.tpl").read_text()
+    match = re.search(r'define "platform.ownSettings" -}}(.*?){{', known, re.DOTALL)
+    assert match
+    kept = {f"ARGOSY_{name}" for name in match[1].split()}
+    for kind, name in (GATEWAY, FINETUNE):
+        container = find(platform(toolbox), kind, name)["spec"]["template"]["spec"]["containers"][0]
+        said = [each["name"] for each in container["env"]]
+        assert len(said) == len(set(said))
+        assert {each for each in said if each.startswith("ARGOSY_")} <= kept
+    assert not kept - {*environment.names(GatewayEnvironment), *environment.names(FineTuneEnvironment), "ARGOSY_SCALER_ADDRESS"}
+
+
+def test_callers_may_see_another_certificate_than_the_fleet(toolbox: Toolbox) -> None:
+    objects = platform(toolbox, {"gateway": {"certificateSecret": "public"}})
+    pod = find(objects, *GATEWAY)["spec"]["template"]["spec"]
+    found = variables(pod["containers"][0])
+    assert found["ARGOSY_CERTIFICATE"] == "/etc/argosy/public-tls/tls.crt"
+    assert found["ARGOSY_TLS_CERTIFICATE"] == "/etc/argosy/tls/tls.crt"
+    assert {"name": "public-tls", "secret": {"secretName": "public"}} in pod["volumes"]
+    (ca,) = [volume for volume in find(objects, "Pod", "argosy-test")["spec"]["volumes"] if volume["name"] == "tls"]
+    assert ca["secret"]["secretName"] == "public"
+
+
 def test_ports_are_those_the_services_listen_on(toolbox: Toolbox) -> None:
     for kind, name in (GATEWAY, FINETUNE):
         container = find(platform(toolbox), kind, name)["spec"]["template"]["spec"]["containers"][0]
@@ -275,7 +300,7 @@ def test_validation_lists_all_errors(toolbox: Toolbox) -> None:
         toolbox,
         {
             "global": {"database": {"url": ""}, "store": {"existingClaim": ""}, "tls": {"mode": "certManager"}},
-            "gateway": {"autoscaling": {"min": 5, "max": 2, "callsPerReplica": 1}},
+            "gateway": {"autoscaling": {"min": 5, "max": 2, "callsPerReplica": 1}, "settings": {"ARGOSY_GRACE_SECONDS": 1}},
             "finetune": {"pool": "h100", "jobNamespaces": ["argosy"], "bases": {"gemma-3-270m": {"weights": {"digest": ""}}}},
             "admissionPolicy": {"enabled": True},
         },
@@ -285,6 +310,7 @@ def test_validation_lists_all_errors(toolbox: Toolbox) -> None:
         "global.store.existingClaim is missing",
         "global.tls.mode is certManager, and this cluster has no cert-manager.io/v1",
         "global.tls.issuerRef.name is missing",
+        "gateway.settings has ARGOSY_GRACE_SECONDS, which the chart sets itself",
         "gateway.autoscaling.min 5 is over gateway.autoscaling.max 2",
         'finetune.pool is "h100", which global.nodePools does not have; it has cpu',
         'finetune.jobNamespaces has "argosy", the release\'s own',

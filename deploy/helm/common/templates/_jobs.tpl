@@ -1,9 +1,10 @@
 {{- /* A namespace in which a worker's Jobs run: the trainer's account, the worker's rights, and what a training pod may reach. The platform
 chart renders it for its own job namespaces, the tenant chart for a tenant's.
-Takes root; namespace; worker and workerNamespace (its account's name and place, also its pods' namespace); policies (networkPolicy values).
+Takes root; namespace; worker and workerNamespace (its account's name and place, also its pods' namespace); policies (networkPolicy values); labels
+(YAML), if others than the trainer's; accountAnnotations.
 What stands between a training pod and the rest stays when the release goes, as the pods do. */}}
 {{- define "common.jobNamespace" -}}
-{{- $labels := include "common.labels" (dict "root" .root "component" "trainer") -}}
+{{- $labels := .labels | default (include "common.labels" (dict "root" .root "component" "trainer")) -}}
 {{- $apis := .root.Capabilities.APIVersions -}}
 apiVersion: v1
 kind: ServiceAccount
