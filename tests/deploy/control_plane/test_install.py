@@ -169,6 +169,76 @@ def test_uninstall_keeps_training(installed: Installed) -> None:
     assert installed.get("job", "ft-0-a1", installed.jobs)["status"]["active"] == 1
 
 
+STUBS = {  # group: (version, kinds). Their controllers are not here; Helm and the API server ask for no more than the names.
+    "cert-manager.io": ("v1", ("Certificate",)),
+    "monitoring.coreos.com": ("v1", ("PodMonitor", "PrometheusRule")),
+    "gateway.networking.k8s.io": ("v1", ("GRPCRoute", "BackendTLSPolicy")),
+    "jobset.x-k8s.io": ("v1alpha2", ("JobSet",)),
+    "kueue.x-k8s.io": ("v1beta1", ("LocalQueue",)),
+}
+
+
+def _plural(kind: str) -> str:
+    return f"{kind.lower().removesuffix('y')}ies" if kind.endswith("y") else f"{kind.lower()}s"
+
+
+def _stub(group: str, version: str, kind: str) -> Object:
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": f"{_plural(kind)}.{group}",
+            "annotations": {"api-approved.kubernetes.io": "unapproved, a stand-in of a test"},
+        },
+        "spec": {
+            "group": group,
+            "scope": "Namespaced",
+            "names": {"kind": kind, "plural": _plural(kind), "singular": kind.lower()},
+            "versions": [{"name": version, "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}],
+        },
+    }
+
+
+@pytest.fixture
+def with_everything(control_plane: Reach) -> Iterator[None]:
+    """A cluster that knows the objects of cert-manager, Prometheus' operator, Gateway API, JobSet and Kueue."""
+    if control_plane.existing and control_plane.cluster is None:
+        pytest.skip("a lent cluster keeps the APIs it has")
+    stubs = [_stub(group, version, kind) for group, (version, kinds) in STUBS.items() for kind in kinds]
+    listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": stubs})
+    control_plane.kubectl("apply", "-f", "-", manifest=listed)
+    for stub in stubs:
+        control_plane.wait("default", f"crd/{stub['metadata']['name']}", "condition=Established")
+    yield
+    control_plane.kubectl("delete", "-f", "-", manifest=listed)
+
+
+def test_where_the_apis_are_their_objects_are(with_everything: None, installed: Installed) -> None:
+    """Installed, upgraded to what is there without them, and back."""
+    everything: Object = {
+        "global": {"tls": {"mode": "certManager", "issuerRef": {"name": "ca", "kind": "ClusterIssuer"}}},
+        "gateway": {"route": {"kind": "GRPCRoute", "parentRefs": [{"name": "edge"}], "hostnames": ["llm.example"], "caConfigMap": "ca"}},
+        "admissionPolicy": {"enabled": True},
+        "finetune": {"trainerImage": DIGEST},
+    }
+
+    def names(kind: str) -> list[str]:
+        items = json.loads(installed.reach.kubectl("get", kind, "-n", installed.namespace, "-o", "json"))["items"]
+        return [each["metadata"]["name"] for each in items]
+
+    installed.upgrade(everything)
+    both = ["argosy-finetune", "argosy-gateway"]
+    assert (names("certificates"), names("podmonitors"), names("prometheusrules")) == (both, both, ["argosy"])
+    assert (names("grpcroutes"), names("backendtlspolicies")) == (["argosy-gateway"], ["argosy-gateway"])
+    assert installed.may(f"{installed.namespace}:argosy-finetune", "create", "jobsets.jobset.x-k8s.io", installed.jobs)
+    plain = {"monitoring": {"monitors": False, "rules": False}}
+    installed.upgrade(plain)
+    assert names("certificates") + names("podmonitors") + names("prometheusrules") + names("grpcroutes") == []
+    installed.upgrade(everything)
+    assert names("certificates") == both
+
+
 # --- who may do what ----------------------------------------------------------------------------------------------------------------
 
 VERBS = ("get", "list", "watch", "create", "update", "patch", "delete", "deletecollection")
