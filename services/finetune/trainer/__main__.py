@@ -4,7 +4,9 @@ Exit codes only choose the retry: 0 the control plane took the end of the run, 6
 process's or the store is gone, 143 told to leave and saved, 2 an unusable environment, and anything else a crash.
 """
 
+import contextlib
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -16,7 +18,9 @@ from services.chassis import settings as environment
 from services.chassis.certificates import ClientTls
 from services.chassis.objects import ObjectsUnavailable, SyncObjects, open_objects_sync
 from services.chassis.telemetry import TelemetrySettings, configure_logs
-from services.finetune.trainer.control import Control
+from services.finetune.trainer.control import DONE, INPUT, LOST, TERMINATED, Control
+
+REASONS = {DONE: "DONE", INPUT: "INPUT", LOST: "LOST", TERMINATED: "TERMINATED"}
 
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
@@ -32,6 +36,7 @@ class TrainerSettings:
     store_url: str
     base_directory: Path  # the base's weights, tokenizer and template
     tls: ClientTls = field(default_factory=ClientTls)
+    termination_file: Path = Path("/dev/termination-log")  # where there is one, it gets a JSON line about the end: a container's last word
     threads: int | None = field(default=None, metadata={"minimum": 1})  # of the CPU; None: those it may run on
     trainer_command: tuple[str, ...] = ()  # words of a trainer of the operator's own, run under our wrapper; empty: our loop
     callback_url: str = ""  # where that trainer's live progress is posted, as https://host:port; empty: nowhere
@@ -56,7 +61,6 @@ def keep_memory() -> None:
 
 def train(own: TrainerSettings, stop: threading.Event) -> int:
     """One attempt; its exit code."""
-    from services.finetune.trainer.control import LOST
     from services.finetune.trainer.wire import WireControl
 
     control = WireControl(own.training_address, own.job, own.attempt, own.token_file, certificates=own.tls.certificates())
@@ -96,7 +100,20 @@ def main() -> int:
     configure_logs(read.telemetry.log_level)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    return train(read.trainer, stop)
+    try:
+        code = train(read.trainer, stop)
+    except BaseException as error:
+        leave(read.trainer.termination_file, 1, type(error).__name__)
+        raise
+    leave(read.trainer.termination_file, code, REASONS.get(code, "OTHER"))
+    return code
+
+
+def leave(file: Path, code: int, reason: str) -> None:
+    """Say how it ended. Never more than a word: whoever runs the container may read it, and rows are not for them."""
+    if file.exists():
+        with contextlib.suppress(OSError):
+            file.write_text(json.dumps({"code": code, "reason": reason}) + "\n")
 
 
 if __name__ == "__main__":
