@@ -29,6 +29,10 @@ class InferenceSettings:
     threads: int | None = field(default=None, metadata={"minimum": 1})  # of the CPU
     cache_dir: str | None = None  # of prepared weights; None: the user's cache
     int8: bool = False  # layers on a CPU in int8: about 1.2 times as fast, 94 % of float32's greedy tokens for 99 %
+    # Another engine, for models beyond one GPU.
+    engine_kind: Literal["argosy", "vllm"] = "argosy"
+    engine_python: str | None = None  # the interpreter that has vLLM and this package; None: this process's own
+    engine_args: tuple[str, ...] = ()  # `name=value` for vLLM, such as tensor_parallel_size=2
     # Adapters.
     store_url: str | None = None  # where adapters lie, such as file:///var/lib/argosy; None: the base alone is served
     adapter_slots: int = field(default=16, metadata={"minimum": 0, "maximum": 256})  # adapters that one step can mix; more take turns
@@ -47,5 +51,5 @@ class InferenceSettings:
             model=self.model, device=self.device, dtype=self.dtype, backend=self.backend, kv_tokens=self.kv_tokens,
             max_step_tokens=self.max_step_tokens, max_sequences=self.max_sequences, max_waiting=self.max_waiting, threads=self.threads,
             cache_dir=self.cache_dir, int8=self.int8, store_url=self.store_url, manifest_public_keys=self.manifest_public_keys,
-            adapter_slots=self.adapter_slots,
+            adapter_slots=self.adapter_slots, kind=self.engine_kind, python=self.engine_python, engine_args=self.engine_args,
         )  # fmt: skip

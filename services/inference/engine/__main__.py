@@ -4,20 +4,17 @@ SETTINGS is JSON, FD the inherited end of a socket pair, PARENT the process id t
 model. Frames go over the socket, logs as JSON lines to stderr; neither prompts nor tokens are ever logged.
 """
 
-import ctypes
 import gc
 import importlib
-import json
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
-import traceback
 
 import msgspec
 
+from services.inference.engine.child import at, die_with, ignore_signals, log_as_json
 from services.inference.engine.engine import Engine, offered, run
 from services.inference.engine.fetching import Fetcher
 from services.inference.engine.frames import FrameError, encode, to_engine
@@ -25,42 +22,9 @@ from services.inference.engine.inbox import Inbox
 from services.inference.engine.settings import EngineSettings
 from services.inference.engine.weighing import Weigher
 
-PR_SET_PDEATHSIG = 1
 READ_BYTES = 2**18
-STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}  # attributes that every record has
 
 log = logging.getLogger("services.inference.engine")
-
-
-class JsonLines(logging.Formatter):
-    """One object a line; of an exception, where it was raised but not what it says."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line of JSON."""
-        line: dict[str, object] = {
-            "time": round(record.created, 3),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        line |= {name: value for name, value in vars(record).items() if name not in STANDARD}
-        if record.exc_info is not None and record.exc_info[1] is not None:
-            line |= at(record.exc_info[1])
-        return json.dumps(line, default=str)
-
-
-def at(failure: BaseException) -> dict[str, object]:
-    """Which kind of exception, and from where. Its text may quote what it was given, so it is left out."""
-    frames = traceback.extract_tb(failure.__traceback__)[-6:]
-    return {"failure": type(failure).__name__, "where": [f"{frame.filename}:{frame.lineno}" for frame in frames]}
-
-
-def die_with(parent: int) -> None:
-    """Ask the kernel to end this process when its parent ends, however that happens. Elsewhere than on Linux the socket's end tells."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before we asked
-        os._exit(0)
 
 
 def listen(connection: socket.socket, inbox: Inbox) -> None:
@@ -86,12 +50,8 @@ def _receive(connection: socket.socket) -> bytes:
 def main(settings_json: str, fd: str, parent: str, build: str) -> int:
     """Load, say hello, step. Returns the exit status: 0 after a drain."""
     die_with(int(parent))
-    # A terminal or a supervisor signals the whole group; the parent decides what that means for us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    ignore_signals()
+    log_as_json()
     connection = socket.socket(fileno=int(fd))
     inbox = Inbox()
     threading.Thread(target=listen, args=(connection, inbox), name="inbox", daemon=True).start()

@@ -1,18 +1,17 @@
 """The engine's only wiring: settings in, a warm runner and its Hello out."""
 
-import json
 import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from services.inference.engine.attribution import gradients_of
 from services.inference.engine.backend import Backend
-from services.inference.engine.calls import Hello, Sampling
+from services.inference.engine.calls import Hello
 from services.inference.engine.eager import EagerBackend
+from services.inference.engine.generation import architecture_of, sampling_of
 from services.inference.engine.kernels import Unsupported
 from services.inference.engine.runner import Source, TorchRunner, pack
 from services.inference.engine.settings import EngineSettings
@@ -119,14 +118,11 @@ def _backend(directory: Path, settings: EngineSettings, device: torch.device, dt
 
 def _hello(settings: EngineSettings, directory: Path, digest: str, runner: TorchRunner) -> Hello:
     backend = runner.backend
-    config = json.loads((directory / "config.json").read_text())
-    path = directory / "generation_config.json"
-    generation: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    sampling, ends = sampling_of(directory)
     return Hello(
         model=settings.model,
         digest=digest,
-        architecture=(config.get("architectures") or [config["model_type"]])[0],
+        architecture=architecture_of(directory),
         device=str(backend.device),
         dtype=str(getattr(backend, "dtype", torch.bfloat16)).removeprefix("torch."),
         vocabulary=backend.vocabulary,
@@ -134,15 +130,8 @@ def _hello(settings: EngineSettings, directory: Path, digest: str, runner: Torch
         width=backend.width,
         block_size=BLOCK_SIZE,
         blocks=backend.blocks,
-        default_sampling=Sampling(
-            seed=0,
-            temperature=float(generation.get("temperature") or 1.0),
-            top_p=float(generation.get("top_p") or 1.0),
-            top_k=int(generation.get("top_k") or 0),
-            min_p=float(generation.get("min_p") or 0.0),
-            repetition=float(generation.get("repetition_penalty") or 1.0),
-        ),
-        end_token_ids=tuple(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+        default_sampling=sampling,
+        end_token_ids=ends,
         backend=backend.name,
         adapter_slots=runner.slots,
     )

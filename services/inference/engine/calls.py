@@ -319,8 +319,9 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     blocks: int
     default_sampling: Sampling
     end_token_ids: tuple[int, ...]
-    backend: str  # "fused" or "eager": which forward runs
+    backend: str  # "fused", "eager" or "vllm": which forward runs
     adapter_slots: int = 0  # adapters that one step can mix; 0: none can be loaded
+    embeds: bool = True  # whether `Embed` is answered
 
 
 FromEngine = Hello | Token | PromptScored | Ended | Done | Scored | Embedded | Labelled | Weighed | AdapterReady | Load

@@ -56,6 +56,7 @@ from services.inference.engine.step import BLOCK_SIZE, DeviceLost, Row, RowResul
 
 ERRORS = {
     "no_gradients": "refused: this engine cannot weigh tokens",
+    "unsupported": "refused: this engine has no such work",
     "no_adapters": "refused: this engine cannot load any",
     "adapter_unknown": "no adapter of this digest belongs to this owner",
     "adapter_refused": "the adapter's files failed a check",

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, cast
 
 import msgspec
@@ -26,10 +27,12 @@ from services.inference.engine.settings import EngineSettings
 from services.inference.engine.step import Runner
 from services.inference.engine.streams import EngineLost, EngineNotReady, SlowReader, Streaming
 from services.inference.engine.weighing import Weigher
+from services.pretrained import weights
 
 __all__ = ["EngineLost", "EngineNotReady", "Host", "InlineHost", "ProcessHost", "Restarts", "SlowReader"]
 
 BUILD = "services.inference.engine.build:build"
+PROGRAMS = {"argosy": "services.inference.engine", "vllm": "services.inference.engine.vllm"}
 LEAVE_S = 2.0  # for a child to go by itself
 
 log = logging.getLogger(__name__)
@@ -198,6 +201,9 @@ class ProcessHost(Streaming):
         """A new child, warm. Raises EngineLost if it ends before."""
         loop = asyncio.get_running_loop()
         self._greeted = greeted = loop.create_future()
+        settings = self._settings
+        if settings.kind == "vllm":  # its environment has nothing to prepare a model with
+            settings = msgspec.structs.replace(settings, directory=str(await asyncio.to_thread(_prepared, settings)))
         environment = dict(os.environ)
         if self._settings.threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._settings.threads)  # read once, when torch is imported
@@ -205,8 +211,8 @@ class ProcessHost(Streaming):
         with theirs:
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "services.inference.engine"),
-                    *(msgspec.json.encode(self._settings).decode(), str(theirs.fileno()), str(os.getpid()), self._build),
+                    *(settings.python or sys.executable, "-m", PROGRAMS[settings.kind]),
+                    *(msgspec.json.encode(settings).decode(), str(theirs.fileno()), str(os.getpid()), self._build),
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(),),
                     env=environment,
@@ -378,6 +384,10 @@ class InlineHost(Streaming):
     def _over(self) -> None:
         self._gone("the engine's thread ended")
         self._ended.set()
+
+
+def _prepared(settings: EngineSettings) -> Path:
+    return weights.prepare(settings.model, weights.cache_directory(settings.cache_dir))
 
 
 def _named(build: str) -> Callable[[EngineSettings], tuple[Runner, Hello]]:

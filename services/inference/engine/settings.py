@@ -6,6 +6,7 @@ import msgspec
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Kind = Literal["argosy", "vllm"]
 BackendChoice = Literal["auto", "eager", "fused"]
 
 
@@ -27,6 +28,10 @@ class EngineSettings(msgspec.Struct, frozen=True):
     store_url: str | None = None  # where adapters lie; None: the base alone is served
     manifest_public_keys: tuple[str, ...] = ()  # `kid=path` of an Ed25519 public key in PEM that signs adapters
     adapter_slots: int = 16  # adapters that one step can mix; more than that take turns
+    kind: Kind = "argosy"  # or "vllm": another engine behind the same border
+    python: str | None = None  # the interpreter that has vLLM and this package; None: this process's own
+    engine_args: tuple[str, ...] = ()  # `name=value` for vLLM
+    directory: str | None = None  # where the prepared model lies; None: `model` says
     hang_s: float = 60.0  # without a sign of life while calls run, the child is ended and its calls are lost
 
     def step_tokens(self, device: str) -> int:

@@ -390,7 +390,8 @@ def _duration(seconds: float) -> Duration:
 
 def _capabilities(model: Model) -> Sequence[model_pb2.ModelCapability.ValueType]:
     names = ["GENERATE", "CHAT_PLAIN" if model.template.name == "plain" else "CHAT_TEMPLATE"]
-    names += ["CLASSIFY_ZERO_SHOT", "EMBED", "ANSWER_EXTRACTIVE", "EXPLAIN", "LOGPROBS", "PROMPT_LOGPROBS", "LOGIT_BIAS", "SEED"]
+    names += ["EMBED"] if model.hello.embeds else []
+    names += ["CLASSIFY_ZERO_SHOT", "ANSWER_EXTRACTIVE", "EXPLAIN", "LOGPROBS", "PROMPT_LOGPROBS", "LOGIT_BIAS", "SEED"]
     names += ["CLASSIFY_TUNED"] if model.hello.adapter_slots else []
     return [model_pb2.ModelCapability.Value(f"MODEL_CAPABILITY_{name}") for name in names]
 

@@ -115,6 +115,8 @@ def refusal(error: str) -> ServiceError:
             return WrongState("model", error.upper())
         case "no_gradients":
             return ModelCapability("method", "gradient_x_input")
+        case "unsupported":
+            return ModelCapability("model", "this_engine")
         case "no_adapters":
             return ModelCapability("model", "adapters")
         case _:
