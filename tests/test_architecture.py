@@ -25,6 +25,7 @@ MACHINE = re.compile(r"(?<![\w./])/(?:root|home/\w|Users/\w|work/\w|mnt/\w|tmp/(
 REGISTRY = re.compile(
     r"pythonhosted\.org|pypi\.org|docker\.io|ghcr\.io|quay\.io|nvcr\.io|(?:extra-)?index-url|https?://[^/\s\"']*:[^/\s\"']*@"
 )
+ELSEWHERE = re.compile(r"(?:tests/)?deploy/|tools/images/")  # what speaks of places in a container, whose /tmp is nobody's machine
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 
@@ -179,7 +180,9 @@ def test_no_machine_and_no_registry_is_named() -> None:
             text = path.read_text()
         except UnicodeDecodeError:
             continue
-        found += [f"{path.relative_to(ROOT)}: {match.group()}" for match in (*MACHINE.finditer(text), *REGISTRY.finditer(text))]
+        name = str(path.relative_to(ROOT))
+        matches = [match.group() for match in (*MACHINE.finditer(text), *REGISTRY.finditer(text))]
+        found += [f"{name}: {match}" for match in matches if not (match.startswith("/tmp") and ELSEWHERE.match(name))]
     assert found == []
 
 
