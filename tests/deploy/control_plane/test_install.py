@@ -322,7 +322,7 @@ def test_A25_policy_blocks_image_and_secret(guarded: Installed) -> None:
     reference = {"name": "K", "valueFrom": {"secretKeyRef": {"name": "argosy-keys", "key": "pepper"}}}
     _until_in_force(guarded)
     for told, refused in (
-        ("not the release's trainer", job(container={"image": "docker.io/library/busybox"})),
+        ("not the release's trainer", job(container={"image": "registry.example/busybox"})),
         ("not the release's trainer", job(initContainers=[{"name": "i", "image": "other"} | _restricted()])),
         ("runs as argosy-trainer", job(serviceAccountName="default")),
         ("mounts no Secret", job(volumes=[secret])),
