@@ -17,6 +17,7 @@ __all__ = [
     "money",
     "phase",
     "progress",
+    "quoted",
     "reason",
     "servable",
     "state",
@@ -93,6 +94,11 @@ def cost(currency: str, nanos: int, seconds: float) -> pb.JobEvent:
 def warning(rule: str, line: int, count: int) -> pb.JobEvent:
     """Something to know."""
     return pb.JobEvent(warning=pb.JobWarning(rule=rule, line=line, count=max(1, count), message=WARNINGS.get(rule, "")))
+
+
+def quoted(quote: pb.Quote, step: int, rate: float) -> pb.JobEvent:
+    """The quote, narrower, by the rate of the first steps."""
+    return pb.JobEvent(quoted=pb.JobQuoted(quote=quote, step=step, tokens_per_second=rate))
 
 
 def servable(version: str, replicas: int, elapsed_s: float, load_s: float | None = None) -> pb.JobEvent:

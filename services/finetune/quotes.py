@@ -4,6 +4,7 @@ The rule version goes into the digest of the spec: a later rule never changes a 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 RULES = "1"
@@ -16,8 +17,11 @@ BATCH = {"CLASSIFY": 16, "CHAT": 8, "PREFERENCE": 8}
 EPOCHS = 3.0
 SMALL_ROWS = 20_000  # from here on one pass over the rows is enough to start with
 SPREAD_KNOWN, SPREAD_UNKNOWN = 1.6, 5.0  # how far a quote may be off, as a factor, with and without a measured rate
+SPREAD_OWN = 1.25  # and with the rate of the job's own first steps
+PROBE_STEPS = 3  # whose rate narrows a job's quote
 UNMEASURED = 250.0  # tokens/s of 270 M parameters on two cores; scaled by the base's size
 LOADING_SECONDS = 6.0
+MAX_INDEXED = 20_000  # rows, as `nearest.MAX_ROWS`
 BYTES_PER_WEIGHT = 4
 
 
@@ -38,6 +42,7 @@ class Plan:
     steps: int
     tokens: int  # learnt from, over all epochs
     measured_tokens: int  # of the validation rows, each time they are measured
+    indexed_tokens: int = 0  # of the rows, read once more at the end: their neighbours can be asked for
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,12 @@ class Rate:
 
     tokens_per_second: float
     known: bool
+    own: bool = False  # of this job's own rows and batch, on its own device
+
+    @property
+    def spread(self) -> float:
+        """How far a quote that rests on it may be off, as a factor."""
+        return SPREAD_OWN if self.own else SPREAD_KNOWN if self.known else SPREAD_UNKNOWN
 
 
 def plan(work: Work, epochs: float, batch: int, max_steps: int | None, fraction: float) -> Plan:
@@ -62,7 +73,8 @@ def plan(work: Work, epochs: float, batch: int, max_steps: int | None, fraction:
     steps = max(1, min(max_steps or 2**31, math.ceil(epochs * -(-rows // batch))))
     seen = min(epochs * rows, float(steps * batch))
     each = work.tokens / max(1, work.rows)
-    return Plan(rows, steps, round(each * seen), round(each * (work.rows - rows + work.validation_rows)))
+    measured = round(each * (work.rows - rows + work.validation_rows))
+    return Plan(rows, steps, round(each * seen), measured, round(each * min(rows, MAX_INDEXED)))
 
 
 def epochs_for(rows: int) -> float:
@@ -82,12 +94,18 @@ def rate(measured: float | None, weights: int) -> Rate:
     return Rate(UNMEASURED * 270e6 / max(1, weights), known=False)
 
 
+def own_rate(step_rates: Sequence[float]) -> Rate:
+    """The rate of a job's own steps, each of about as many tokens; of the first, which is slow, only where it is alone."""
+    counted = [rate for rate in (step_rates[1:] or step_rates) if rate > 0]
+    return Rate(len(counted) / sum(1 / rate for rate in counted), known=True, own=True)
+
+
 def seconds(size: Plan, speed: Rate, evaluations: int) -> Range:
     """Seconds of the device, loading and evaluations included."""
-    spread = SPREAD_KNOWN if speed.known else SPREAD_UNKNOWN
     # A forward pass alone is a third of a step.
-    middle = LOADING_SECONDS + (size.tokens + size.measured_tokens * evaluations / 3) / speed.tokens_per_second
-    return Range(middle / spread, middle * spread)
+    forward = (size.measured_tokens * evaluations + size.indexed_tokens) / 3
+    middle = LOADING_SECONDS + (size.tokens + forward) / speed.tokens_per_second
+    return Range(middle / speed.spread, middle * speed.spread)
 
 
 def peak_bytes(weights: int, rank: int, step_tokens: int) -> Range:

@@ -274,6 +274,23 @@ async def test_a_job_runs_from_rows_to_a_version_and_is_watched_to_the_end(finet
         assert left == {"step-2"}
 
 
+async def test_the_first_steps_narrow_the_quote_once_an_attempt(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        job = await there.create()
+        trainer = await there.trainer(job)
+        await trainer.claims()
+        speeds = [tp.RunMetric(name="tokens_per_second", value=value, step=n) for n, value in enumerate((10.0, 400.0, 400.0, 400.0), 1)]
+        await trainer.says(step=1, target_step=9, device_seconds=1.0, metrics=speeds[:1])
+        await trainer.says(step=4, device_seconds=2.0, metrics=speeds)
+        await trainer.says(step=6, device_seconds=3.0, metrics=speeds)
+        events = (await there("ListFineTuneJobEvents", pb.ListFineTuneJobEventsRequest(parent=job.name))).events
+        (told,) = [each.quoted for each in events if each.WhichOneof("event") == "quoted"]
+        assert (told.step, told.tokens_per_second) == (4, pytest.approx(400))
+        before, now = job.quote.device_seconds, told.quote.device_seconds
+        assert now.high / now.low < before.high / before.low / 2
+        assert (await there.get(job)).quote == job.quote, "what it was made with stands"
+
+
 async def test_what_nobody_chose_is_chosen_and_shown(finetune_url: str, base: Path, tmp_path: Path) -> None:
     async with house(finetune_url, base, tmp_path) as there:
         spec = (await there.create()).resolved_spec

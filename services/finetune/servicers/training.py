@@ -26,6 +26,7 @@ from services.chassis.errors import (
     ArtifactRejected,
     PrivacyBudgetExceeded,
     ResourceNotFound,
+    ServiceError,
     StoreUnavailable,
     WorkerFenced,
     WrongState,
@@ -33,7 +34,7 @@ from services.chassis.errors import (
 from services.chassis.identity import Caller
 from services.chassis.interceptors import Incoming
 from services.chassis.objects import ObjectMissing, Objects
-from services.finetune import crash, dataset_store, events, publishing, sql_charges, sql_jobs
+from services.finetune import crash, dataset_store, events, planning, publishing, quotes, sql_charges, sql_jobs
 from services.finetune.bases import Bases
 from services.finetune.jobs import State
 from services.finetune.lineage import Signer
@@ -45,6 +46,7 @@ from services.finetune.store import FineTuneStore
 from services.finetune.tokens import Shown, Tokens
 
 SERVICE = "argosy.internal.training.v1.TrainingService"
+STEP_RATE = "tokens_per_second"  # a metric: of one step
 PROGRESS_SECONDS = 1.0  # progress events closer together are one
 KEPT_CHECKPOINTS = 3  # the newest, that a run may go on from; the best stays beside them
 RUNNING = frozenset({State.RUNNING, State.PAUSING, State.CANCELLING})
@@ -191,10 +193,28 @@ class TrainingServicer:
             values["best"] = min(loss, row["best"] if row["best"] is not None else math.inf) if math.isfinite(loss) else row["best"]
             said.append(events.evaluation(step, dict(request.evaluation), best))
         said += [events.warning(each.rule, each.line, each.count) for each in request.warnings]
+        if row["step"] - row["attempt_step"] < quotes.PROBE_STEPS <= done:
+            said += await self._requoted(connection, row, step, [each.value for each in request.metrics if each.name == STEP_RATE])
         if request.HasField("epsilon_charged"):
             values["epsilon"] = self._charge(row, request.epsilon_charged)
         row = await sql_jobs.change(connection, row, *said, **values)
         return await self._cost_limit(connection, row)
+
+    async def _requoted(self, connection: AsyncConnection, row: Record, step: int, rates: list[float]) -> list[finetune_pb2.JobEvent]:
+        """The job's quote again, by the rate of its own first steps; what it was made with stays its quote."""
+        if not any(rate > 0 for rate in rates):
+            return []
+        spec = finetune_pb2.FineTuneSpec.FromString(row["resolved_spec"])
+        names = [name for name in (spec.train_version, spec.validation_version) if name]
+        try:
+            versions = [await dataset_store.version_for_training(connection, row["project_uid"], name) for name in names]
+            base = await self._bases.get(row["base_model"])
+        except ServiceError:
+            return []  # the rows are being erased, or the base fetched: a narrower quote is a service, not a duty
+        _, size = planning.resolved(spec, base, versions[0], versions[1] if len(versions) > 1 else None)
+        speed = quotes.own_rate(rates)
+        made = planning.quote(spec, base, size, speed, row["nanos_per_second"], row["currency"], self._device)
+        return [events.quoted(made, step, speed.tokens_per_second)]
 
     def _charge(self, row: Record, asked: float) -> float:
         """Epsilon spent with the steps that are about to run; never less than before."""

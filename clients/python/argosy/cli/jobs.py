@@ -167,6 +167,8 @@ def _event(event: finetune_pb2.JobEvent, story: Story) -> None:
         "metric": f"step {event.metric.step}: {event.metric.name} {event.metric.value:.4g}",
         "cost": f"{money(event.cost.spent)} for {duration(event.cost.device_seconds)}",
         "servable": f"servable on {event.servable.replicas}",
+        "quoted": f"by its own {event.quoted.tokens_per_second:,.0f} tokens/s it takes "
+        f"{duration(event.quoted.quote.device_seconds.low)} to {duration(event.quoted.quote.device_seconds.high)}",
     }.get(kind or "", "something newer than this command")
     out.print(said, markup=False, soft_wrap=True)
 

@@ -1307,6 +1307,38 @@ class JobServable(_message.Message):
 Global___JobServable: _TypeAlias = JobServable  # noqa: Y015
 
 @_typing.final
+class JobQuoted(_message.Message):
+    """The quote again, narrower: by the rate of the attempt's own first steps, in its own batches, on its own device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUOTE_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """Steps done when it was measured."""
+    tokens_per_second: _builtins.float
+    """The rate of those steps."""
+    @_builtins.property
+    def quote(self) -> Global___Quote:
+        """What the whole job takes; the job's own `quote` stays what it was made with."""
+
+    def __init__(
+        self,
+        *,
+        quote: Global___Quote | None = ...,
+        step: _builtins.int = ...,
+        tokens_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quote", b"quote"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["quote", b"quote", "step", b"step", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobQuoted: _TypeAlias = JobQuoted  # noqa: Y015
+
+@_typing.final
 class JobEvent(_message.Message):
     """One entry of a job's log."""
 
@@ -1322,6 +1354,7 @@ class JobEvent(_message.Message):
     COST_FIELD_NUMBER: _builtins.int
     WARNING_FIELD_NUMBER: _builtins.int
     SERVABLE_FIELD_NUMBER: _builtins.int
+    QUOTED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """From 1, in the order of what happened; holes only where progress or metrics were left out."""
     @_builtins.property
@@ -1360,6 +1393,10 @@ class JobEvent(_message.Message):
     def servable(self) -> Global___JobServable:
         """It can be asked."""
 
+    @_builtins.property
+    def quoted(self) -> Global___JobQuoted:
+        """Its quote is narrower."""
+
     def __init__(
         self,
         *,
@@ -1373,12 +1410,13 @@ class JobEvent(_message.Message):
         cost: Global___CostChanged | None = ...,
         warning: Global___JobWarning | None = ...,
         servable: Global___JobServable | None = ...,
+        quoted: Global___JobQuoted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "cost", b"cost", "evaluation", b"evaluation", "event", b"event", "metric", b"metric", "progress", b"progress", "servable", b"servable", "state", b"state", "time", b"time", "warning", b"warning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "cost", b"cost", "evaluation", b"evaluation", "event", b"event", "metric", b"metric", "progress", b"progress", "quoted", b"quoted", "servable", b"servable", "state", b"state", "time", b"time", "warning", b"warning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "cost", b"cost", "evaluation", b"evaluation", "event", b"event", "metric", b"metric", "progress", b"progress", "sequence", b"sequence", "servable", b"servable", "state", b"state", "time", b"time", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "cost", b"cost", "evaluation", b"evaluation", "event", b"event", "metric", b"metric", "progress", b"progress", "quoted", b"quoted", "sequence", b"sequence", "servable", b"servable", "state", b"state", "time", b"time", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["state", "progress", "metric", "checkpoint", "evaluation", "cost", "warning", "servable"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["state", "progress", "metric", "checkpoint", "evaluation", "cost", "warning", "servable", "quoted"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
