@@ -3,12 +3,14 @@
 import json
 import math
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from services.chassis import settings as environment
 from services.inference.__main__ import Environment
+from services.inference.engine import vllm
 from tests.deploy.render.conftest import CPU, DIGEST, GROUPS, H100, OWN, Models, model
 from tests.deploy.templates import CHARTS, Object, find, of, over, variables
 
@@ -92,6 +94,20 @@ def test_every_variable_is_one_the_replica_reads(models: Models) -> None:
     keys = [*read.caller_public_keys, *read.manifest_public_keys]
     assert keys == ["gateway=/etc/argosy/keys/signing-key.pub.pem", "finetune=/etc/argosy/keys/manifest-key.pub.pem"]
     assert container["image"] == "localhost/argosy-inference:0.1.0"
+
+
+def test_vllms_arguments_are_those_the_replica_takes(models: Models) -> None:
+    args = {"max_model_len": 8192, "gpu_memory_utilization": 0.9, "enforce_eager": True}
+    entry = model(gpus=4, engine={**VLLM, "python": "/opt/vllm/bin/python", "args": args})
+    objects = models({"m": entry}, None, {"global": {"store": {"url": "s3://adapters"}}})
+    given = {
+        k: v for k, v in variables(find(objects, *NAME)["spec"]["template"]["spec"]["containers"][0]).items() if k.startswith("ARGOSY_")
+    }
+    read = environment.read(Environment, given).inference
+    assert (read.engine_kind, read.engine_python, read.store_url) == ("vllm", "/opt/vllm/bin/python", None)
+    assert ({**args, "tensor_parallel_size": 4}).items() <= vllm.arguments(read.engine(), Path("/weights")).items()
+    said = models.refusal({"m": model(engine={**VLLM, "args": {"tokenizer_mode": True}})})
+    assert f"models.m.engine.args.tokenizer_mode is not one of vLLM's arguments that may be set: {', '.join(sorted(vllm.ALLOWED))}" in said
 
 
 def test_ports_are_those_the_replica_listens_on(models: Models) -> None:

@@ -122,7 +122,7 @@ spec:
 
 {{- /* A group's other nodes run vLLM alone, without its API; the leader tells them what to do. Takes entry. A JSON list. */}}
 {{- define "models.vllmFollower" -}}
-{{- $words := list "python" "-m" "vllm.entrypoints.cli.main" "serve" "/weights" "--headless" -}}
+{{- $words := list (.engine.python | default "python") "-m" "vllm.entrypoints.cli.main" "serve" "/weights" "--headless" -}}
 {{- range splitList "," (include "models.vllmArgs" .) -}}
 {{- $pair := splitn "=" 2 . -}}
 {{- $words = append $words (printf "--%s=%s" ($pair._0 | replace "_" "-") $pair._1) -}}
@@ -153,8 +153,8 @@ spec:
   valueFrom: {resourceFieldRef: {containerName: model, resource: {{ ternary "limits.cpu" "requests.cpu" (hasKey ($entry.resources.limits | default dict) "cpu") }}, divisor: "1"}}
 {{- end }}
 - {name: ARGOSY_CALLER_PUBLIC_KEYS, value: gateway=/etc/argosy/keys/signing-key.pub.pem}
-{{- with $root.Values.global.store.url }}
-- {name: ARGOSY_STORE_URL, value: {{ . | quote }}}
+{{- if and $root.Values.global.store.url (ne $entry.engine.kind "vllm") }}
+- {name: ARGOSY_STORE_URL, value: {{ $root.Values.global.store.url | quote }}}
 - {name: ARGOSY_MANIFEST_PUBLIC_KEYS, value: finetune=/etc/argosy/keys/manifest-key.pub.pem}
 {{- end }}
 {{- with $root.Values.monitoring.otlpEndpoint }}
@@ -162,6 +162,9 @@ spec:
 {{- end }}
 {{- if eq $entry.engine.kind "vllm" }}
 - {name: ARGOSY_ENGINE_KIND, value: vllm}
+{{- with $entry.engine.python }}
+- {name: ARGOSY_ENGINE_PYTHON, value: {{ . | quote }}}
+{{- end }}
 - {name: ARGOSY_ENGINE_ARGS, value: {{ include "models.vllmArgs" $entry | quote }}}
 {{- else }}
 {{- range $name, $value := $entry.engine.args }}

@@ -41,6 +41,14 @@ global.tls.mode is certManager, and this cluster has no cert-manager.io/v1
 {{- if and (eq $entry.engine.kind "vllm") (not $entry.engine.image) }}
 {{ $at }}.engine.image is missing: no image of Argosy's has vLLM, so name one made from argosy-inference
 {{- end }}
+{{- if eq $entry.engine.kind "vllm" }}
+{{- $allowed := include "models.vllmNames" $root | fromYamlArray }}
+{{- range $name, $_ := $entry.engine.args }}
+{{- if not (has $name $allowed) }}
+{{ $at }}.engine.args.{{ $name }} is not one of vLLM's arguments that may be set: {{ join ", " $allowed }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- if gt (int $entry.nodesPerReplica) 1 }}
 {{- if ne $entry.engine.kind "vllm" }}
 {{ $at }}.nodesPerReplica is {{ int $entry.nodesPerReplica }}, and engine {{ $entry.engine.kind }} runs a model on one node: use engine.kind vllm
@@ -165,4 +173,10 @@ pool {{ $name }} has {{ int $pool.nodes }} × {{ int $pool.gpu.perNode }} = {{ m
 pools {{ join " and " $need.pools }} have too few GPUs left ({{ join ", " $room }}): {{ $need.text }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{- /* The replica refuses any other when it starts. */}}
+{{- define "models.vllmNames" -}}
+[block_size, cpu_offload_gb, distributed_executor_backend, enforce_eager, gpu_memory_utilization, kv_cache_dtype, master_addr, master_port,
+max_model_len, max_num_batched_tokens, nnodes, node_rank, pipeline_parallel_size, quantization, tensor_parallel_size]
 {{- end }}
