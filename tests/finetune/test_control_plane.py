@@ -24,7 +24,7 @@ from services.chassis.identity import CallerVerifier
 from services.chassis.status import error_info
 from services.finetune import dataset_store, publishing, sql_charges, sql_jobs
 from services.finetune.bases import Bases
-from services.finetune.jobs import Attempt, Seen, Where
+from services.finetune.jobs import Attempt, Seen, State, Where
 from services.finetune.server import AUDIENCE, Running, finetune
 from services.finetune.settings import FineTuneSettings, JobQuotas, JobSettings
 from tests.finetune.adapters import file, head, lora
@@ -735,3 +735,21 @@ async def test_the_best_checkpoint_stays_beside_the_newest_three(finetune_url: s
         there.launcher.seen[trainer.attempt.name] = Seen(Where.EXITED, 143)
         again = await (await there.trainer(job, 2)).claims()
         assert [point.step for point in again.resume] == [8, 7, 6]
+
+
+async def test_I3_a_job_that_rests_for_good_moves_no_more_and_hears_no_worker(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        job = await there.create()
+        trainer = await there.trainer(job)
+        claim = await trainer.claims()
+        failure = tp.RunFailure(reason=pb.JOB_REASON_DIVERGED)
+        await trainer("CompleteRun", tp.CompleteRunRequest(job=job.uid, fence=claim.fence, failure=failure))
+        for call in (trainer.says(step=2, target_step=4), trainer.keeps(2), trainer.succeeds(4)):  # its fence is the newest, and over
+            assert await refused(call) == "WORKER_FENCED"
+        async with there.running.store.transaction() as connection:
+            row = await sql_jobs.any_job(connection, job.uid, lock=True)
+            assert row is not None
+            for to in (State.QUEUED, State.RUNNING, State.SUCCEEDED, State.FAILED):
+                with pytest.raises(sql_jobs.Moved):
+                    await sql_jobs.move(connection, row, to)
+        assert (await there.get(job)).state == Job.STATE_FAILED

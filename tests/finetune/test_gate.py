@@ -87,6 +87,8 @@ def test_T11_losses_pass_only_where_the_bound_is_over_the_margin() -> None:
     assert not judge("LOSS", loss(1.0, 1), {"base": loss(1.5, 2)}, margin=0.6).passed
     assert not judge("LOSS", loss(1.5, 1), {"base": loss(1.0, 2)}).passed
     assert not judge("LOSS", loss(1.0, 1), {"base": loss(1.01, 2)}).passed
+    assert not judge("LOSS", loss(1.0, 1, rows=9), {"base": loss(1.5, 2, rows=9)}).passed  # few rows prove nothing here, either
+    assert judge("LOSS", loss(1.0, 1, rows=10), {"base": loss(1.5, 2, rows=10)}).passed
 
 
 def test_what_cannot_be_compared_is_refused() -> None:

@@ -101,6 +101,17 @@ def test_terminal_states_are_for_good_and_every_live_one_has_a_way_out() -> None
         assert (reached | found) & TERMINAL
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (S.SUCCEEDED, S.RUNNING), (S.CANCELLED, S.QUEUED), (S.FAILED, S.QUEUED), (S.QUEUED, S.RUNNING), (S.QUEUED, S.SUCCEEDED),
+        (S.PREPARING, S.SUCCEEDED), (S.PAUSED, S.RUNNING), (S.CANCELLING, S.SUCCEEDED), (S.CANCELLING, S.QUEUED), (S.RUNNING, S.CANCELLED),
+    ],
+)  # fmt: skip
+def test_I3_what_is_no_move_is_not_allowed(before: State, after: State) -> None:
+    assert not allowed(before, after)
+
+
 def test_attempts_have_one_name_each() -> None:
     assert attempt_name("u", 3) == "ft-u-a3"
     assert len({attempt_name(uid, n) for uid in ("a", "b") for n in (1, 2, 11)}) == 6

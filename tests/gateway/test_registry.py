@@ -289,6 +289,7 @@ async def test_one_replica_that_cannot_load_does_not_keep_the_other_from_serving
         fake.tell(**ready(ONE))
         await fake.until(lambda f: bool(f.of("ReportServable")))
         assert ("uid-acme", ONE) in fine.adapters and not broken.adapters
+        assert [asked.request.replicas for asked in fake.of("ReportServable")] == [1]  # those that hold it, not those that were asked
 
 
 async def test_what_is_erased_is_evicted_and_forgotten() -> None:
