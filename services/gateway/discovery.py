@@ -18,7 +18,7 @@ import urllib3
 
 from services.chassis.listwatch import RELIST_SECONDS, Event, Expired, Freshness, Kind, Pace, Unreachable, follow
 from services.chassis.telemetry import Telemetry
-from services.gateway.endpoints import LABELS, Object, View, broken_pods, view
+from services.gateway.endpoints import LABELS, Object, View, broken_devices, view
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,11 @@ class _Feed:
             self.view = dict(objects)
             changed()
 
-        follow(self.list, self.watch, seen, stopped=stopped, heard=self._heard, failed=self._failed, pace=self.pace)
+        def failed(error: Exception) -> None:
+            if not stopped.is_set():  # else we cut it off ourselves
+                self._failed(error)
+
+        follow(self.list, self.watch, seen, stopped=stopped, heard=self._heard, failed=failed, pace=self.pace)
 
     def _heard(self) -> None:
         if self.fresh.trouble:
@@ -180,9 +184,9 @@ class Discovery:
         known = [feed.view for feed in self._slices if feed.view is not None]
         if len(known) < len(self._slices):
             return None
-        broken = broken_pods(pod for feed in self._pods for pod in (feed.view or {}).values())
-        self._telemetry.record("argosy.gpu.unhealthy", len(broken))
-        return view((each for objects in known for each in objects.values()), broken)
+        broken = broken_devices(pod for feed in self._pods for pod in (feed.view or {}).values())
+        self._telemetry.record("argosy.gpu.unhealthy", broken.total())
+        return view((each for objects in known for each in objects.values()), frozenset(broken))
 
     @asynccontextmanager
     async def following(self, follow_view: Callable[[View], Awaitable[None]]) -> AsyncIterator[None]:

@@ -1,11 +1,13 @@
 """What a cluster says of the replicas: EndpointSlices and pods as its API writes them, read into values (pure)."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 LABELS = "app.kubernetes.io/part-of=argosy,app.kubernetes.io/component=model"
 MODEL = "argosy.dev/model"
+LOAD_SECONDS = "argosy.dev/load-seconds"
 SERVICE = "kubernetes.io/service-name"
 PORT = "grpc"
 ADDRESSES = ("IPv4", "IPv6")  # in this order, where a pod has both; a name (FQDN) is nobody's pod
@@ -20,6 +22,7 @@ class Endpoint:
     uid: str  # of the pod; an address may be another pod's tomorrow
     address: str  # host:port
     server_name: str = ""  # that its certificate must bear; empty: the host of `address`
+    model: str = ""  # `models/{m}` that it serves; empty: not said
     ready: bool = True
     terminating: bool = False
     healthy: bool = True  # no device of the pod is known to be broken
@@ -36,6 +39,7 @@ class View:
 
     endpoints: Mapping[str, Endpoint]  # by uid
     models: frozenset[str] = frozenset()  # `models/{m}` of every model that is installed, replicas or none
+    load_s: Mapping[str, float] = field(default_factory=dict)  # by model: how long a replica takes to load, where its Service says so
 
 
 def view(slices: Iterable[Object], broken: frozenset[str] = frozenset()) -> View:
@@ -46,28 +50,29 @@ def view(slices: Iterable[Object], broken: frozenset[str] = frozenset()) -> View
     """
     found: dict[str, Endpoint] = {}
     models: set[str] = set()
+    load_s: dict[str, float] = {}
     for each in sorted(slices, key=_order):
         labels = _labels(each)
         if model := labels.get(MODEL):
             models.add(f"models/{model}")
+            if (seconds := labels.get(LOAD_SECONDS, "")).isdigit():
+                load_s[f"models/{model}"] = float(seconds)
         for endpoint in _endpoints(each, labels, broken):
             known = found.setdefault(endpoint.uid, endpoint)
             terminating = known.terminating or endpoint.terminating
             found[endpoint.uid] = replace(known, ready=(known.ready or endpoint.ready) and not terminating, terminating=terminating)
-    return View(found, frozenset(models))
+    return View(found, frozenset(models), load_s)
 
 
-def broken_pods(pods: Iterable[Object]) -> frozenset[str]:
-    """The uids of pods with an allocated device that its plugin calls Unhealthy (`allocatedResourcesStatus`). The pod itself runs on."""
-    return frozenset(
+def broken_devices(pods: Iterable[Object]) -> Counter[str]:
+    """By uid of their pods, the allocated devices that their plugin calls Unhealthy (`allocatedResourcesStatus`). The pods run on."""
+    return Counter(
         str(pod["metadata"]["uid"])
         for pod in pods
-        if any(
-            device.get("health") == "Unhealthy"
-            for container in (pod.get("status") or {}).get("containerStatuses") or ()
-            for resource in container.get("allocatedResourcesStatus") or ()
-            for device in resource.get("resources") or ()
-        )
+        for container in (pod.get("status") or {}).get("containerStatuses") or ()
+        for resource in container.get("allocatedResourcesStatus") or ()
+        for device in resource.get("resources") or ()
+        if device.get("health") == "Unhealthy"
     )
 
 
@@ -94,6 +99,7 @@ def _endpoints(each: Object, labels: Mapping[str, str], broken: frozenset[str]) 
             yield Endpoint(
                 uid=uid,
                 address=address,
+                model=f"models/{labels[MODEL]}" if labels.get(MODEL) else "",
                 server_name=f"{service}.{namespace}.svc" if service else "",
                 ready=conditions.get("ready") is not False,  # null means yes
                 terminating=bool(conditions.get("terminating")),

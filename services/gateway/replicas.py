@@ -31,6 +31,7 @@ from services.chassis.telemetry import Telemetry
 from services.gateway import routing
 from services.gateway.admission import RETRY_AFTER_MIN_S, Admission, Ask, Waiting
 from services.gateway.catalog import Catalog, Served
+from services.gateway.demand import Demand, Waking
 from services.gateway.endpoints import Endpoint, View
 from services.gateway.settings import Placing
 
@@ -170,6 +171,9 @@ class Pool:
 
     replicas: "Replicas"
     digest: str
+    name: str  # `models/{m}`
+    held: int = 0  # calls that wait for the model to wake
+    _awake: asyncio.Event = field(default_factory=asyncio.Event)  # set, and replaced, when it may have
     _streams: Admission[Place] = field(init=False)
     _unary: Admission[Place] = field(init=False)
 
@@ -243,6 +247,11 @@ class Pool:
         reachable = routing.usable([link.replica for link in self.links()], self.now())
         return min((routing.start_s(replica, reachable) for replica in reachable), default=float("inf"))
 
+    def look(self) -> None:
+        """Have the calls that are held see whether the model is awake."""
+        self._awake.set()
+        self._awake = asyncio.Event()
+
     def pump(self) -> None:
         """Room may have grown, or the last replica gone."""
         now = self.now()
@@ -255,7 +264,8 @@ class Pool:
     def check(self, ask: Ask, *, stream: bool) -> None:
         """Raise what `enter` would raise now without waiting, and take no place."""
         if not self.alive:
-            raise NotStarted()
+            self._may_be_held(ask)
+            return
         now = self.now()
         self.admission(stream).check(self._in_time(ask, now), now, lambda ask: self.choose(ask, stream) is not None)
 
@@ -269,11 +279,11 @@ class Pool:
         """A place for `ask`, at once or after a wait.
 
         Raises:
-            NotStarted: no replica is there.
+            NotStarted: no replica is there, and the model is not asleep, or wakes too late.
             Shed: none will be free in time.
         """
         if not self.alive:
-            raise NotStarted()
+            ask = await self._held(ask)
         loop = asyncio.get_running_loop()
         told: asyncio.Future[None] = loop.create_future()
         admission = self.admission(stream)
@@ -295,10 +305,40 @@ class Pool:
             raise
         admission.withdraw(waiting)
         if waiting.placement is None:
-            raise NotStarted() if not self.alive else waiting.refusal or Shed()
+            if self.alive:
+                raise waiting.refusal or Shed()
+            return await self.enter(await self._held(ask), stream=stream)
         waiting.placement.waiting = waiting
         self.replicas.retries.attempted()
         return waiting.placement
+
+    def _may_be_held(self, ask: Ask) -> float:
+        """Until when, in monotonic seconds. Raises NotStarted where the model would not be awake by then, with the time that it takes."""
+        replicas, now = self.replicas, self.now()
+        if not replicas.asleep(self.name):
+            raise NotStarted()
+        waking = replicas.waking(self.name)
+        waking.want(now)
+        until = ask.latest_start if ask.latest_end == float("inf") else ask.latest_end
+        if now + waking.remaining_s(now) > until or self.held >= replicas.placing.queue_calls:
+            raise NotStarted(waking.remaining_s(now))
+        return until
+
+    async def _held(self, ask: Ask) -> Ask:
+        """Wait for the first replica; then the ask, with as long to wait for a place as any other."""
+        until, waking = self._may_be_held(ask), self.replicas.waking(self.name)
+        self.held += 1
+        try:
+            async with asyncio.timeout_at(until):
+                while not self.alive:
+                    if self.replicas.served_elsewhere(self):
+                        raise NotStarted()  # it woke with other weights than those this call was admitted for
+                    await self._awake.wait()
+        except TimeoutError:
+            raise NotStarted(waking.remaining_s(self.now())) from None
+        finally:
+            self.held -= 1
+        return replace(ask, latest_start=min(until, self.now() + self.replicas.placing.queue_seconds))
 
 
 @dataclass(frozen=True)
@@ -354,6 +394,8 @@ class Replicas:
         self._changed = changed
         self.usable = False
         self._pools: dict[str, Pool] = {}
+        self._waking: dict[str, Waking] = {}  # by model
+        self.loaded: Callable[[str, float], None] = lambda model, seconds: None  # told of each wake
         self._judged = asyncio.Event()  # set, and replaced, at each report
         self._credentials = credentials
         self._models: frozenset[str] | None = None  # installed in the cluster; None: nobody has told yet
@@ -370,15 +412,56 @@ class Replicas:
 
     def resolve(self, name: str, allowed: Iterable[str]) -> Served:
         """Like Catalog.resolve, but NotStarted for what is not known yet: everything before the first replica, a model before its own."""
-        if self.catalog.empty:
-            raise NotStarted()
         permitted = frozenset(allowed)
         try:
             return self.catalog.resolve(name, permitted)
         except ResourceNotFound:
-            if name in (self._models or ()) and (not permitted or name in permitted):
+            if name in self.installed and (not permitted or name in permitted):
+                raise self._unknown(name) from None
+            if self.catalog.empty:
                 raise NotStarted() from None
             raise
+
+    def _unknown(self, name: str) -> NotStarted:
+        """Of an installed model that nobody has described to us yet: wake it; only then can a call for it be judged."""
+        now = asyncio.get_running_loop().time()
+        self.waking(name).want(now)
+        return NotStarted(self.waking(name).remaining_s(now))
+
+    def waking(self, model: str) -> Waking:
+        """How far a model is on its way from no replica to the first."""
+        return self._waking.setdefault(model, Waking())
+
+    def asleep(self, model: str) -> bool:
+        """Whether the cluster offers no replica of an installed model, or the first is on its way to us."""
+        if model not in (self._models or ()):
+            return False
+        offered = any(link.endpoint.offered and link.endpoint.model == model for link in self.links)
+        return not offered or (model in self._waking and self._waking[model].since is not None)
+
+    def served_elsewhere(self, pool: Pool) -> bool:
+        """Whether replicas serve the model of `pool` with other weights, and none with its own."""
+        return not pool.alive and any(link.served.name == pool.name for link in self.links if link.served and link.replica.reachable)
+
+    @property
+    def installed(self) -> frozenset[str]:
+        """The models that the cluster lists."""
+        return self._models or frozenset()
+
+    def demand(self) -> dict[str, Demand]:
+        """What is asked of each model through this gateway now."""
+        now = asyncio.get_running_loop().time()
+        found: dict[str, Demand] = {}
+        for name in {*self._waking, *(pool.name for pool in self._pools.values())}:
+            pools = [pool for pool in self._pools.values() if pool.name == name]
+            queued = sum(pool.held + pool.admission(True).queued + pool.admission(False).queued for pool in pools)
+            if name in self._waking:
+                queued = max(queued, int(self._waking[name].wanted(now)))
+                self._waking[name].lost_interest(now)
+            links = [link for link in (*self.links, *self._leaving) if link.served is not None and link.served.name == name]
+            kv = sum(link.replica.load.kv_used for link in links if link.replica.reachable)
+            found[name] = Demand(queued, sum(link.streams + link.unary for link in links), round(100 * kv))
+        return found
 
     def shelves(self, digest: str = "") -> list[Shelf]:
         """The adapters of the replicas that serve this base, or any, and can be reached."""
@@ -399,20 +482,21 @@ class Replicas:
         """Where the places on the replicas are counted."""
         return self._telemetry
 
-    def pool(self, digest: str) -> Pool:
+    def pool(self, digest: str, name: str = "") -> Pool:
         """The replicas of one model and the queues before them."""
         pool = self._pools.get(digest)
         if pool is None:
-            pool = self._pools[digest] = Pool(self, digest)
+            pool = self._pools[digest] = Pool(self, digest, name)
+        pool.name = name or pool.name
         return pool
 
     def check(self, served: Served, ask: Ask, *, stream: bool) -> None:
         """See Pool.check."""
-        self.pool(served.digest).check(ask, stream=stream)
+        self.pool(served.digest, served.shared).check(ask, stream=stream)
 
     async def enter(self, served: Served, ask: Ask, *, stream: bool) -> Place:
         """See Pool.enter."""
-        return await self.pool(served.digest).enter(ask, stream=stream)
+        return await self.pool(served.digest, served.shared).enter(ask, stream=stream)
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator["Replicas"]:
@@ -441,6 +525,10 @@ class Replicas:
             if endpoint.uid not in known:
                 self._add(endpoint)
         self.catalog.keep_asleep(seen.models)
+        self._waking = {model: waking for model, waking in self._waking.items() if model in seen.models}
+        for model, seconds in seen.load_s.items():
+            if not (waking := self.waking(model)).seen:
+                waking.load_s = seconds
         if first:
             log.info("the cluster lists %d replicas of %d models", len(seen.endpoints), len(seen.models))
         await self._weigh()
@@ -521,7 +609,20 @@ class Replicas:
             self._telemetry.record("argosy.replica.ejected", 1, {"argosy.reason": _why(link)})
         await self._weigh()
         if link.served is not None:
-            self.pool(link.served.digest).pump()
+            self.pool(link.served.digest, link.served.name).pump()
+            if link.replica.reachable and not was:
+                self._woke(link.served.name)
+
+    def _woke(self, model: str) -> None:
+        """A replica of it can be reached, where there may have been none."""
+        if model in self._waking:
+            took_s = self._waking[model].woke(asyncio.get_running_loop().time())
+            if took_s is not None:
+                log.info("%s is awake after %.1f s", model, took_s)
+                self.loaded(model, took_s)
+        for pool in self._pools.values():
+            if pool.name == model and pool.held:
+                pool.look()
 
     async def _weigh(self) -> None:
         """The fleet may have become usable, or no longer be."""
@@ -642,6 +743,7 @@ def load_from(load: engine_pb2.EngineLoad) -> routing.Load:
         batch=load.batch,
         draining=load.draining,
         adapters=frozenset(load.resident_adapters),
+        kv_used=1 - min(1.0, load.free_blocks / load.total_blocks) if load.total_blocks else 0.0,
     )
 
 

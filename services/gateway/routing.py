@@ -42,6 +42,7 @@ class Load:
     batch: int = 0  # sequences in the last step
     draining: bool = False
     adapters: frozenset[str] = frozenset()  # digests of the loaded ones
+    kv_used: float = 0.0  # share of the KV cache that no new sequence could have
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,25 @@ gateways = Table(
     Column("beat_time", _time, nullable=False),
 )
 
+model_demands = Table(
+    "model_demands",
+    METADATA,
+    Column("gateway_uid", _uuid, primary_key=True),
+    Column("model", Text, primary_key=True),
+    Column("queued", BigInteger, nullable=False),
+    Column("running", BigInteger, nullable=False),
+    Column("kv_percent", BigInteger, nullable=False),
+    Column("beat_time", _time, nullable=False),
+)
+
+model_loads = Table(
+    "model_loads",
+    METADATA,
+    Column("model", Text, primary_key=True),
+    Column("load_millis", BigInteger, nullable=False),
+    Column("update_time", _time, nullable=False),
+)
+
 request_replays = Table(
     "request_replays",
     METADATA,

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from argosy.admin.v1 import api_key_pb2, project_pb2, quota_pb2, usage_pb2
 from argosy.v1 import embedding_pb2, explanation_pb2, generation_pb2, language_pb2
+from argosy_internal.scaler.v1 import scaler_pb2
 from services.chassis.certificates import Certificates
 from services.chassis.errors import ServiceError
 from services.chassis.identity import Caller, CallerSigner
@@ -33,6 +34,8 @@ from services.gateway.ledger import JobBooks, Ledger, Tariff
 from services.gateway.meanings import Meanings
 from services.gateway.registry import OwnModels, Pusher
 from services.gateway.replicas import Replicas
+from services.gateway.scaling import Scaling, SharedDemand
+from services.gateway.servicers import scaler
 from services.gateway.servicers.api_key import ApiKeyServicer
 from services.gateway.servicers.embedding import EmbeddingServicer
 from services.gateway.servicers.explanation import ExplanationServicer
@@ -46,14 +49,17 @@ from services.gateway.servicers.quota import QuotaServicer
 from services.gateway.servicers.register import handlers
 from services.gateway.servicers.relay import Relay, Revocations
 from services.gateway.servicers.resources import Desk
+from services.gateway.servicers.scaler import ScalerServicer
 from services.gateway.servicers.usage import UsageServicer
 from services.gateway.settings import GatewaySettings
 from services.gateway.sql_charges import SqlCharges
+from services.gateway.sql_demand import SqlDemand
 from services.gateway.sql_ledger import LedgerSettings, open_ledger
 from services.gateway.store import Store, StoreSettings, open_store
 
 log = logging.getLogger(__name__)
 
+SCALER_STREAM_S = 3_600.0  # KEDA opens its stream anew
 RENEWAL_MARGIN_S = 60.0  # over the longest stream: by then no call is left on a connection with the old certificate
 
 Service = tuple[ServiceDescriptor, object]  # a public service and the object with its methods
@@ -69,6 +75,7 @@ class Running:
     relay: Relay
     names: OwnModels
     store: Store | None = None  # None: what it needs of one was passed in
+    scaler_address: str = ""  # of KEDA's scaler, with the port that was bound
 
 
 def signing_key(path: Path | None) -> Ed25519PrivateKey:
@@ -94,13 +101,15 @@ async def running(
     administration: Sequence[Service] = (),
     pages: PageTokens | None = None,
     cluster: Any = None,
+    demand: SharedDemand | None = None,
     telemetry: Telemetry | None = None,
     signals: bool = False,
 ) -> AsyncIterator[Running]:
     """Serve until left; leaving drains, settles every call and closes the replicas' channels.
 
     `administration` are argosy.admin.v1's services; without `jobs` nothing that finetune runs is settled or bounded. `cluster` is the API
-    that lists the replicas (discovery.connect), for settings that name namespaces. Health says SERVING while a replica can be reached, or
+    that lists the replicas (discovery.connect), for settings that name namespaces; `demand` is where gateways then tell each other what is
+    asked of models. Health says SERVING while a replica can be reached, or
     the cluster says that there is none to be reached.
     """
     telemetry = telemetry or Telemetry.off()
@@ -149,6 +158,7 @@ async def running(
     policy = Policy(authenticate=known, permit=permit, deadline_cap_s=cap_s, strip="x-")
     pusher, billing = Pusher(finetune, replicas, meanings, telemetry), Billing(finetune, jobs)
     renewing = _renewing(settings, certificates, replicas, finetune, telemetry)
+    scaling = Scaling(replicas, demand, telemetry)
     async with replicas.watching(), renewing, pusher.following(), billing.following():
         async with serve(
             settings.listener,
@@ -163,8 +173,8 @@ async def running(
                 await serving.ready()
             measuring = asyncio.create_task(measure(replicas, spooling, telemetry), name="gateway gauges")
             try:
-                async with _following(settings, cluster, replicas, telemetry):
-                    yield Running(serving.address, serving, replicas, relay, names)
+                async with _following(settings, cluster, replicas, telemetry), _scaled(settings, scaling, telemetry) as scaler:
+                    yield Running(serving.address, serving, replicas, relay, names, scaler_address=scaler)
             finally:
                 measuring.cancel()
                 await asyncio.wait((measuring,))
@@ -188,6 +198,33 @@ async def _renewing(
 
     async with certificates.watched(telemetry, changed):
         yield
+
+
+@asynccontextmanager
+async def _scaled(settings: GatewaySettings, scaling: Scaling, telemetry: Telemetry) -> AsyncIterator[str]:
+    """Tell an autoscaler what is asked of each model, where replicas come and go; yields the scaler's address, or nothing."""
+    if not settings.model_namespaces:
+        yield ""
+        return
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(scaling.following())
+        if not settings.scaler_address:
+            yield ""
+            return
+        ca = settings.listener.client_ca or (settings.tls.tls_ca if settings.listener.certificate else None)
+        if settings.listener.certificate is not None and ca is None:
+            raise ValueError("the scaler knows who may ask by their certificates: set the client CA, or the CA of our services")
+        # Whoever asks has a certificate of ours, and no API key: so it is a listener of its own, and the public one knows nothing of it.
+        listener = replace(settings.listener, address=settings.scaler_address, client_ca=ca, health_address="", reflection=False)
+        methods = handlers(scaler_pb2.DESCRIPTOR.services_by_name["ExternalScaler"], ScalerServicer(scaling))
+        policy = Policy(deadline_cap_s=SCALER_STREAM_S)
+        serving = await stack.enter_async_context(
+            serve(
+                listener, lambda server: server.add_generic_rpc_handlers((methods,)), [scaler.SERVICE], policy=policy, telemetry=telemetry
+            )
+        )
+        await serving.ready()
+        yield serving.address
 
 
 @asynccontextmanager
@@ -232,6 +269,7 @@ async def gateway(
             jobs=SqlCharges(state, books.price_currency),
             administration=administration(settings, state, pages, books.tariff()),
             pages=pages,
+            demand=SqlDemand(state),
             telemetry=telemetry,
             signals=signals,
         ) as gate,

@@ -34,6 +34,7 @@ class GatewaySettings:
     max_stream_seconds: float = field(default=300.0, metadata={"minimum": 1.0, "maximum": 86_400.0})
     inference_addresses: tuple[str, ...] = ()  # host:port of each replica, where no cluster lists them
     model_namespaces: tuple[str, ...] = ()  # of a Kubernetes cluster, whose EndpointSlices list the replicas; empty: no cluster is asked
+    scaler_address: str = ""  # host:port of KEDA's external scaler, over mutual TLS off this machine; empty: none
     gpu_health: bool = False  # new work only for pods without an Unhealthy device; reads pods, which needs the right to
     tls: ClientTls = field(default_factory=ClientTls)
     finetune_address: str = ""  # host:port of the fine-tuning service; empty: fine-tuning is off

@@ -11,6 +11,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from services.chassis.certificates import ClientTls
+
 HOUR = dt.timedelta(hours=1)
 _numbers = itertools.count(1)
 
@@ -64,6 +66,10 @@ class Secret:
         self.certificate, self.private_key, self.ca = folder / "tls.crt", folder / "tls.key", folder / "ca.crt"
         for path in (self.certificate, self.private_key, self.ca):
             path.symlink_to(Path("..data") / path.name)
+
+    def tls(self) -> ClientTls:
+        """A client's settings of these files."""
+        return ClientTls(self.ca, self.certificate, self.private_key)
 
     def put(self, pair: tuple[bytes, bytes], authorities: Sequence[Authority]) -> "Secret":
         """All three at once, as a kubelet does."""

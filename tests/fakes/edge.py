@@ -86,6 +86,8 @@ async def edge(
     tls: ClientTls | None = None,
     credentials: grpc.ChannelCredentials | None = None,
     gpu_health: bool = False,
+    scaler_address: str = "",
+    demand: Any = None,
     **placing: Any,
 ) -> AsyncIterator[Edge]:
     """A running gateway; entered once `reachable` replicas (default: one for each engine) have reported.
@@ -110,6 +112,7 @@ async def edge(
         max_stream_seconds=max_stream_seconds,
         model_namespaces=("models",) if cluster is not None else (),
         gpu_health=gpu_health,
+        scaler_address=scaler_address,
         tls=tls or ClientTls(),
     )
     async with running(
@@ -122,6 +125,7 @@ async def edge(
         signals=signals,
         telemetry=telemetry,
         cluster=cluster,
+        demand=demand,
     ) as gate:
         await gate.replicas.until(len(engines) if reachable is None else reachable)
         async with open_channel(gate.address, credentials=credentials) as channel:

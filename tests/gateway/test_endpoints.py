@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.endpoints import Endpoint, broken_pods, view
+from services.gateway.endpoints import Endpoint, broken_devices, view
 
 
 def endpoint(uid: str | None = "u1", *addresses: str, **conditions: bool | None) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def slice_of(*endpoints: dict[str, Any], model: str = "chat", name: str = "s", p
 
 def test_an_endpoint_is_a_replica_and_its_service_the_name_in_its_certificate() -> None:
     seen = view([slice_of(endpoint(ready=True, serving=True, terminating=False))])
-    assert seen.endpoints == {"u1": Endpoint("u1", "10.0.0.1:8500", "argosy-chat.models.svc")}
+    assert seen.endpoints == {"u1": Endpoint("u1", "10.0.0.1:8500", "argosy-chat.models.svc", "models/chat")}
     assert seen.models == {"models/chat"} and seen.endpoints["u1"].offered
 
 
@@ -33,6 +33,13 @@ def test_an_endpoint_is_a_replica_and_its_service_the_name_in_its_certificate() 
 def test_what_is_ready_and_not_terminating_takes_new_work(conditions: dict[str, bool | None], offered: bool) -> None:
     (found,) = view([slice_of(endpoint(**conditions))]).endpoints.values()
     assert found.offered is offered
+
+
+def test_a_service_may_say_how_long_its_model_takes_to_load() -> None:
+    for says, load_s in (("90", {"models/chat": 90.0}), ("soon", {}), ("", {})):
+        made = slice_of()
+        made["metadata"]["labels"]["argosy.dev/load-seconds"] = says
+        assert view([made]).load_s == load_s
 
 
 def test_an_empty_slice_is_a_model_that_sleeps() -> None:
@@ -84,7 +91,7 @@ def pod(uid: str, *healths: str) -> dict[str, Any]:
 
 
 def test_a_pod_with_a_broken_device_gets_no_new_work() -> None:
-    pods = [pod("u1", "Healthy", "Unhealthy"), pod("u2", "Healthy"), pod("u3", "Unknown"), {"metadata": {"uid": "u4"}}]
-    assert broken_pods(pods) == {"u1"}
-    seen = view([slice_of(endpoint("u1"), endpoint("u2", "10.0.0.2"))], broken_pods(pods))
+    pods = [pod("u1", "Unhealthy", "Unhealthy"), pod("u2", "Healthy"), pod("u3", "Unknown"), {"metadata": {"uid": "u4"}}]
+    assert broken_devices(pods) == {"u1": 2}
+    seen = view([slice_of(endpoint("u1"), endpoint("u2", "10.0.0.2"))], frozenset(broken_devices(pods)))
     assert [seen.endpoints[uid].offered for uid in ("u1", "u2")] == [False, True]

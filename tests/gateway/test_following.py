@@ -15,7 +15,7 @@ from tests.faults.test_replicas import reason, settled
 
 def seen(*engines: FakeEngine, models: frozenset[str] = frozenset({"models/fake"}), **changed: object) -> View:
     """The view of a cluster with these replicas, all of them `changed`."""
-    each = (replace(Endpoint(f"uid-{engine.address}", engine.address), **changed) for engine in engines)  # type: ignore[arg-type]
+    each = (replace(Endpoint(f"uid-{engine.address}", engine.address, model=engine.model), **changed) for engine in engines)  # type: ignore[arg-type]
     return View({endpoint.uid: endpoint for endpoint in each}, models)
 
 

@@ -1,0 +1,1 @@
+"""Stubs of package externalscaler, generated from protos/internal."""
