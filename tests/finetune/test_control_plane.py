@@ -340,6 +340,18 @@ async def test_T6_what_is_torn_is_no_checkpoint(finetune_url: str, base: Path, t
         assert [(point.step, point.prefix) for point in again.resume] == [(1, f"{trainer.claim.prefix}step-1/")]  # type: ignore[union-attr]
 
 
+async def test_F23_a_checkpoint_whose_reply_was_lost_is_told_once(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        job = await there.create()
+        trainer = await there.trainer(job)
+        await trainer.claims()
+        await trainer.says(step=1, target_step=4)
+        replies = [await trainer.keeps(1) for _ in range(3)]
+        assert {reply.action for reply in replies} == {tp.RUN_ACTION_CONTINUE}
+        events = (await there("ListFineTuneJobEvents", pb.ListFineTuneJobEventsRequest(parent=job.name))).events
+        assert [each.WhichOneof("event") for each in events].count("checkpoint") == 1
+
+
 async def test_T7_exit_0_without_a_result_is_an_attempt_lost_and_the_budget_ends(finetune_url: str, base: Path, tmp_path: Path) -> None:
     async with house(finetune_url, base, tmp_path) as there:
         job = await there.create()

@@ -111,7 +111,10 @@ class TrainingServicer:
                     row = await sql_jobs.move(connection, row, State.RUNNING, **values, **first)
                 else:
                     row = await sql_jobs.change(connection, row, **values)
-            return await self._claimed(connection, row)
+            reply = await self._claimed(connection, row)
+            crash.point("run-claiming")
+        crash.point("run-claimed")
+        return reply
 
     async def _claimed(self, connection: AsyncConnection, row: Record) -> pb.ClaimRunResponse:
         spec = finetune_pb2.FineTuneSpec.FromString(row["resolved_spec"])
@@ -236,6 +239,10 @@ class TrainingServicer:
         manifest = request.manifest
         async with self._store.transaction() as connection:
             row = await self._fenced(connection, request.job, request.fence)
+            known = await sql_jobs.checkpoint(connection, row["project_uid"], row["uid"], manifest.step)
+            if known is not None and (known["fence"], known["manifest_digest"]) == (row["fence"], request.manifest_digest):
+                row = await sql_jobs.change(connection, row, lease_time=self._lease())  # its reply was lost: it counts, and is told once
+                return pb.CommitCheckpointResponse(lease=_duration(self._settings.lease_seconds), action=_action(row))
         if (manifest.job, manifest.fence, manifest.attempt, manifest.spec_digest) != (
             row["uid"], row["fence"], row["attempt"], row["spec_digest"],
         ):  # fmt: skip
@@ -258,6 +265,8 @@ class TrainingServicer:
             stale = sql_jobs.stale(await sql_jobs.checkpoints_of(connection, row["uid"]), KEPT_CHECKPOINTS)
             await sql_jobs.drop_checkpoints(connection, row["uid"], [each["step"] for each in stale])
             reply = pb.CommitCheckpointResponse(lease=_duration(self._settings.lease_seconds), action=_action(row))
+            crash.point("checkpoint-committing")
+        crash.point("checkpoint-committed")
         for each in stale:  # their rows are gone: nobody resumes from them any more
             await self._objects.delete_prefix(each["prefix"].rstrip("/"))
         return reply
@@ -390,6 +399,7 @@ class TrainingServicer:
                 # The charge's counter before the registry's, as an erasure takes them.
                 await sql_jobs.move(connection, row, State.SUCCEEDED, cost, model_version=prepared.name, lease_time=None)
                 await publishing.publish(connection, prepared, row["key_id"])
+                crash.point("result-publishing")
         except (WorkerFenced, ResourceNotFound, ApiKeyInvalid):  # another's by now, cancelled, or erased with or without its model
             await publishing.discard(self._store, self._objects, prepared)
             raise
