@@ -145,6 +145,18 @@ def test_install_upgrade_rollback(installed: Installed) -> None:
     assert installed.get("deployment", "argosy-gateway")["spec"]["replicas"] == 2
 
 
+def test_a_deleted_certificate_is_made_again_by_the_same_authority(installed: Installed) -> None:
+    """As the runbook of CertificateExpiring says."""
+    installed.upgrade()
+    old = installed.data("argosy-tls")
+    installed.reach.kubectl("delete", "secret", "argosy-tls", "-n", installed.namespace)
+    installed.upgrade()
+    new = installed.data("argosy-tls")
+    assert new["ca.crt"] == old["ca.crt"]
+    assert new["tls.crt"] != old["tls.crt"]
+    load_pem_x509_certificate(new["tls.crt"]).verify_directly_issued_by(load_pem_x509_certificate(old["ca.crt"]))
+
+
 def test_scale_then_upgrade(installed: Installed) -> None:
     """A number that was given away is not fought over: Helm 4 applies on the server, and would say so."""
     installed.upgrade({"gateway": {"replicas": None}})
