@@ -145,7 +145,7 @@ def test_no_variable_can_be_said_twice(toolbox: Toolbox) -> None:
         said = [each["name"] for each in container["env"]]
         assert len(said) == len(set(said))
         assert {each for each in said if each.startswith("ARGOSY_")} <= kept
-    assert not kept - {*environment.names(GatewayEnvironment), *environment.names(FineTuneEnvironment), "ARGOSY_SCALER_ADDRESS"}
+    assert not kept - {*environment.names(GatewayEnvironment), *environment.names(FineTuneEnvironment)}
 
 
 def test_callers_may_see_another_certificate_than_the_fleet(toolbox: Toolbox) -> None:
@@ -165,7 +165,7 @@ def test_ports_are_those_the_services_listen_on(toolbox: Toolbox) -> None:
         ports = {each["name"]: each["containerPort"] for each in container["ports"]}
         found = variables(container)
         listens = {"grpc": "ARGOSY_ADDRESS", "health": "ARGOSY_HEALTH_ADDRESS", "metrics": "ARGOSY_METRICS_ADDRESS"}
-        listens |= {"training": "ARGOSY_TRAINING_LISTEN_ADDRESS"} if "training" in ports else {}
+        listens |= {"training": "ARGOSY_TRAINING_LISTEN_ADDRESS"} if "training" in ports else {"scaler": "ARGOSY_SCALER_ADDRESS"}
         assert ports == {port: int(found[variable].rpartition(":")[2]) for port, variable in listens.items()}
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             assert container[probe]["grpc"]["port"] == ports["health"]
