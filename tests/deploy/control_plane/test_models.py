@@ -1,6 +1,7 @@
 """The models chart on a real API server and scheduler: where replicas land, and what upgrades do to what others have changed."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +197,16 @@ def test_install_upgrade_rollback(installed: Installed) -> None:
     installed.ready("chat")
     installed.reach.helm("rollback", RELEASE, str(revision), "-n", installed.namespace)
     assert installed.deployment("chat")["spec"]["template"] == before
+
+
+def test_notes_verbatim(installed: Installed) -> None:
+    notes = installed.reach.helm("get", "notes", RELEASE, "-n", installed.namespace)
+    for model in VALUES["models"]:
+        assert f"  {model}: " in notes
+    commands = [shlex.split(line) for line in notes.splitlines() if line.startswith("  kubectl ")]
+    assert len(commands) == 2
+    assert "models-model-chat" in installed.reach.kubectl(*commands[0][1:])
+    installed.reach.kubectl(*commands[1][1:])
 
 
 def test_a_fetch_runs_beside_the_first_pods_and_before_later_ones(installed: Installed) -> None:

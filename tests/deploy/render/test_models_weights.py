@@ -61,6 +61,7 @@ def test_prefetch_gates_rollout(models: Models, weights: Object, source: str) ->
     assert claim["spec"]["resources"]["requests"]["storage"] == "40Gi"
     assert volume(fetch) == {"persistentVolumeClaim": {"claimName": claim["metadata"]["name"]}}
     assert volume(pod) == {"persistentVolumeClaim": {"claimName": claim["metadata"]["name"], "readOnly": True}}
+    assert fetch["serviceAccountName"] == pod["serviceAccountName"]  # whom a cloud lets read the bucket
     words = fetch["containers"][0]["command"]
     assert words[:3] == ["python", "-m", prefetch.__name__]
     assert words[3:] == [source, f"/weights/{FOLDER}", "--digest", DIGEST, "--revision", "abc"]

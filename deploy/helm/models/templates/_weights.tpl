@@ -22,7 +22,7 @@ metadata:
 spec:
   restartPolicy: Never
   {{- include "common.podSpec" .it | nindent 2 }}
-  serviceAccountName: default
+  serviceAccountName: {{ include "models.serviceAccount" $root }}
   affinity:
     podAffinity:     # a claim for one node is where its model is
       preferredDuringSchedulingIgnoredDuringExecution:
