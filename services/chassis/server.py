@@ -102,11 +102,11 @@ class Listener:
         certificates = self.certificates()
         return certificates.ssl_context if certificates is not None else None
 
-    def certificates(self) -> Certificates | None:
+    def certificates(self, role: str = "server") -> Certificates | None:
         """The files, read; None: plaintext. Raises CertificateRefused."""
         if self.certificate is None:
             return None
-        return Certificates("server", ca=self.client_ca, certificate=self.certificate, private_key=self.private_key)
+        return Certificates(role, ca=self.client_ca, certificate=self.certificate, private_key=self.private_key)
 
 
 @dataclass(eq=False)
@@ -219,11 +219,13 @@ async def serve(
     options: Mapping[str, int] = SERVER,
     telemetry: Telemetry | None = None,
     signals: bool = False,
+    role: str = "server",
 ) -> AsyncIterator[Serving]:
     """Serve until the block is left; leaving it drains without announcement or grace unless a drain has already run.
 
     `register` adds the servicers to the grpc.aio server it is given; `services` are their full names, for health and reflection.
     `signals` makes SIGTERM and SIGINT drain, and a second one hurry: for the one server of a process; several share `until_signalled`.
+    `role` is what metrics call its certificate.
     The block is entered listening and NOT_SERVING; `ready()` opens it. Raises `PlaintextRefused`, RuntimeError if a port is taken.
     """
     check_floors()
@@ -242,7 +244,7 @@ async def serve(
     if listener.reflection:
         names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-    certificates = listener.certificates()
+    certificates = listener.certificates(role)
     address = _bind(server, listener.address, certificates.server_credentials() if certificates is not None else None)
     probes, health_address = None, ""
     if listener.health_address:

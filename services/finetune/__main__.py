@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import uvloop
 
 from services.chassis import settings as environment
+from services.chassis.certificates import CertificateRefused
 from services.chassis.telemetry import Telemetry, TelemetrySettings, configure_logs
 from services.finetune.server import finetune
 from services.finetune.settings import FineTuneSettings
@@ -41,7 +42,11 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     configure_logs(read.telemetry.log_level)
-    uvloop.run(serve(read))
+    try:
+        uvloop.run(serve(read))
+    except CertificateRefused as refused:
+        print(refused, file=sys.stderr)
+        return 2
     return 0
 
 

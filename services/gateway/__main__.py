@@ -7,16 +7,19 @@ import argparse
 import asyncio
 import contextlib
 import os
+import ssl
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvloop
 
 from services.chassis import settings as environment
-from services.chassis.channel import PlaintextRefused
+from services.chassis.certificates import CertificateRefused
+from services.chassis.channel import PlaintextRefused, is_local
 from services.chassis.telemetry import Telemetry, TelemetrySettings, configure_logs
+from services.gateway.discovery import NoCluster
 from services.gateway.server import gateway, secret
 from services.gateway.settings import GatewaySettings
 from services.gateway.sql_ledger import LedgerSettings
@@ -40,10 +43,15 @@ async def serve(read: Environment) -> None:
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(telemetry.close)
         if read.telemetry.metrics_address:
-            await stack.enter_async_context(telemetry.prometheus(read.telemetry.metrics_address, read.gateway.listener.metrics_tls()))
+            await stack.enter_async_context(telemetry.prometheus(read.telemetry.metrics_address, _metrics_tls(read)))
         gate = await stack.enter_async_context(gateway(read.gateway, store=read.store, books=read.books, telemetry=telemetry, signals=True))
         print(gate.address, flush=True)
         await gate.serving.stopped()
+
+
+def _metrics_tls(read: Environment) -> Callable[[], ssl.SSLContext] | None:
+    address = read.telemetry.metrics_address
+    return None if is_local(address) else read.gateway.inside(address).metrics_tls()
 
 
 DATABASE_SECONDS = 30.0  # a command waits so long for the database, and for its schema
@@ -101,7 +109,11 @@ def main(words: Sequence[str] = ()) -> int:
         return 2
     configure_logs(read.telemetry.log_level)
     if asked.command is None:
-        uvloop.run(serve(read))
+        try:
+            uvloop.run(serve(read))
+        except (CertificateRefused, NoCluster) as refused:
+            print(refused, file=sys.stderr)
+            return 2
         return 0
     try:
         return uvloop.run((_bootstrap if asked.command == "bootstrap" else _trial)(read, asked))

@@ -211,16 +211,18 @@ async def _scaled(settings: GatewaySettings, scaling: Scaling, telemetry: Teleme
         if not settings.scaler_address:
             yield ""
             return
-        ca = settings.listener.client_ca or (settings.tls.tls_ca if settings.listener.certificate else None)
-        if settings.listener.certificate is not None and ca is None:
-            raise ValueError("the scaler knows who may ask by their certificates: set the client CA, or the CA of our services")
         # Whoever asks has a certificate of ours, and no API key: so it is a listener of its own, and the public one knows nothing of it.
-        listener = replace(settings.listener, address=settings.scaler_address, client_ca=ca, health_address="", reflection=False)
+        listener = settings.inside(settings.scaler_address)
         methods = handlers(scaler_pb2.DESCRIPTOR.services_by_name["ExternalScaler"], ScalerServicer(scaling))
         policy = Policy(deadline_cap_s=SCALER_STREAM_S)
         serving = await stack.enter_async_context(
             serve(
-                listener, lambda server: server.add_generic_rpc_handlers((methods,)), [scaler.SERVICE], policy=policy, telemetry=telemetry
+                listener,
+                lambda server: server.add_generic_rpc_handlers((methods,)),
+                [scaler.SERVICE],
+                policy=policy,
+                telemetry=telemetry,
+                role="scaler",
             )
         )
         await serving.ready()

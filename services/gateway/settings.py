@@ -1,9 +1,9 @@
 """The gateway's variables; `services.chassis.settings.read` fills them from the environment."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from services.chassis.certificates import ClientTls
+from services.chassis.certificates import CertificateRefused, ClientTls
 from services.chassis.server import Listener
 
 
@@ -43,3 +43,21 @@ class GatewaySettings:
     key_pepper: str = field(default="", repr=False)  # 64 hex digits, secret: without it no stored key can be checked
     key_environment: str = "live"  # [a-z]{1,16}: part of each new API key's text
     page_token_key: str = field(default="", repr=False)  # 64 hex digits, secret, the same for every gateway; empty: drawn at start
+
+    def inside(self, address: str) -> Listener:
+        """A listener for our own kind, as scrapers and scalers are: with the fleet's certificate where there is one, and its CA.
+
+        The public one may show the world another certificate, and asks callers for none.
+
+        Raises:
+            CertificateRefused: it would have a certificate, and know nobody else's.
+        """
+        tls, shown = self.tls, self.listener
+        certificate = tls.tls_certificate or shown.certificate
+        ca = None if certificate is None else shown.client_ca or tls.tls_ca
+        if certificate is not None and ca is None:
+            raise CertificateRefused(
+                "who may ask the scaler or for metrics is known by certificate: set the client CA, or our services' CA"
+            )
+        key = tls.tls_private_key or shown.private_key
+        return replace(shown, address=address, certificate=certificate, private_key=key, client_ca=ca, health_address="", reflection=False)
