@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from argosy import AsyncClient, Client, aio_tuning, errors
+from argosy.admin.v1 import quota_pb2, usage_pb2
 from argosy.v1 import finetune_pb2, model_pb2
-from tests.fleet.running import ROOT, TUNER_SCOPES, Fleet, environment
+from tests.fleet.running import ROOT, SETTLED, TUNER_SCOPES, Fleet, Tenant, environment
 
 DATA = ROOT / "examples" / "data"
 CLASSES = {"technology", "sports", "finance", "health", "travel", "food"}
@@ -103,6 +104,40 @@ def test_the_same_rows_are_the_same_version_and_the_next_job_the_next(tiny: Flee
         assert by_model.model.version == tuned.version.name  # nobody promoted the second
         newer = client.classify("银行下调存款利率", model=again.version.name)
         assert newer.model.adapter_digest == again.version.adapter_digest != tuned.version.adapter_digest
+
+
+@pytest.mark.timeout(240)
+async def test_A28_what_a_job_cost_is_in_the_books_and_a_spent_day_starts_no_other(tiny: Fleet, tuned: Tuned) -> None:
+    method = "argosy.v1.FineTuneService/CreateFineTuneJob"
+    async with AsyncClient(tiny.address, tuned.key) as client, AsyncClient(tiny.address, tiny.api_key) as platform:
+        project = await client.project()
+        job = await client.call(client.finetune_service.GetFineTuneJob, finetune_pb2.GetFineTuneJobRequest(name=tuned.job.name))
+        assert job.spent.nanos > 0
+        tenant = Tenant(tiny, project, tuned.key, "")
+        rows = [
+            row
+            for row in await tenant.records_until(
+                lambda rows: any(row.request_id == job.uid and row.outcome == SETTLED.USAGE_OUTCOME_COMPLETED for row in rows)
+            )
+            if row.request_id == job.uid
+        ]
+        assert sum(row.usage.cost.nanos for row in rows) == job.spent.nanos
+        assert sum(row.usage.device_seconds for row in rows) == pytest.approx(job.device_seconds, abs=0.01)
+        assert {(row.method, row.model) for row in rows} == {(method, job.model)}
+        assert [each.outcome for each in (await client.request_usage(project, job.uid)).records] == [row.outcome for row in rows]
+        sums = {each.method: each async for each in client.usage(project, group_by=[usage_pb2.USAGE_GROUP_METHOD])}
+        assert sums[method].requests >= 1 and sums[method].usage.cost.nanos >= job.spent.nanos
+        kind = quota_pb2.QUOTA_KIND_GPU_SECONDS_PER_DAY
+        (used,) = [gauge.used for gauge in (await client.quota(project)).gauges if gauge.kind == kind]
+        assert used >= int(job.device_seconds) > 0
+        policy = quota_pb2.QuotaPolicy(name=f"{project}/quotaPolicy", gpu_seconds_per_day=used)
+        await platform.call(platform.quota_service.UpdateQuotaPolicy, quota_pb2.UpdateQuotaPolicyRequest(quota_policy=policy))
+        with pytest.raises(errors.QuotaExceeded) as over:
+            await client.tune(DATA / "sentences.tsv", base="tiny", method="classify", max_steps=1)
+        assert over.value.metadata["subject"] == "gpu_seconds_per_day" and "gpu_seconds_per_day" in str(over.value)
+        open_again = quota_pb2.UpdateQuotaPolicyRequest(quota_policy=quota_pb2.QuotaPolicy(name=policy.name))
+        open_again.update_mask.paths.append("gpu_seconds_per_day")
+        await platform.call(platform.quota_service.UpdateQuotaPolicy, open_again)
 
 
 @pytest.mark.timeout(240)
