@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import ssl
 import sys
 import urllib.error
 import urllib.request
@@ -13,8 +14,10 @@ import pytest
 
 from argosy.v1 import finetune_pb2 as pb
 from services.chassis.channel import PlaintextRefused
+from services.finetune import callback
 from services.finetune.callback import BODY_BYTES, Malformed, Status, listening, parse, status_path
 from services.finetune.settings import JobSettings
+from tests.fakes.authority import Authority
 from tests.finetune.test_control_plane import QUICK, house
 from tests.finetune.trainer import world
 
@@ -124,6 +127,39 @@ def _post(url: str, token: str, said: dict[str, Any]) -> int:
     except urllib.error.HTTPError as error:
         with error:
             return error.code
+
+
+async def test_over_TLS_a_post_needs_no_certificate_of_its_own_and_gets_the_renewed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callback, "RELOAD_SECONDS", 0.02)
+    authority, files = Authority(), [tmp_path / name for name in ("tls.crt", "tls.key", "ca.crt")]
+
+    def renew() -> None:
+        for path, pem in zip(files, (*authority.issue("127.0.0.1"), authority.pem), strict=True):
+            path.write_bytes(pem)
+
+    async def take(*_: Any) -> bool:
+        return True
+
+    def post(url: str) -> tuple[int, bytes]:
+        context = ssl.create_default_context(cafile=str(files[2]))  # as transformers' callback makes it
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        asked = urllib.request.Request(url + status_path(UID, 1), json.dumps(POST).encode(), headers, method="POST")
+        with urllib.request.urlopen(asked, timeout=5, context=context) as reply:
+            host, _, port = url.removeprefix("https://").rpartition(":")
+            return reply.status, ssl.get_server_certificate((host, int(port))).encode()
+
+    renew()
+    async with listening(take, "127.0.0.1:0", files[0], files[1]) as url:
+        status, first = await asyncio.to_thread(post, url)
+        assert status == 200 and url.startswith("https://")
+        renew()
+        async with asyncio.timeout(20):
+            while (await asyncio.to_thread(post, url))[1] == first:
+                await asyncio.sleep(0.02)
+        with pytest.raises(urllib.error.URLError):  # whoever does not know the authority sends no token
+            await asyncio.to_thread(urllib.request.urlopen, url, None, 5)
 
 
 async def test_posts_become_events_and_only_the_current_attempt_may_post(finetune_url: str, base: Path, tmp_path: Path) -> None:
