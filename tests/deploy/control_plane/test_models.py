@@ -69,6 +69,11 @@ class Installed:
     def deployment(self, model: str) -> Any:
         return self.get("deployment", f"{RELEASE}-model-{model}")
 
+    def evict(self, pod: str) -> None:
+        eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": self.namespace}}
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/eviction"
+        self.reach.kubectl("create", f"--raw={path}", "-f", "-", manifest=json.dumps(eviction))
+
     def ready(self, *models: str) -> None:
         for model in models:
             self.reach.kubectl("rollout", "status", f"deployment/{RELEASE}-model-{model}", "-n", self.namespace, "--timeout=60s")
@@ -197,6 +202,19 @@ def test_install_upgrade_rollback(installed: Installed) -> None:
     installed.ready("chat")
     installed.reach.helm("rollback", RELEASE, str(revision), "-n", installed.namespace)
     assert installed.deployment("chat")["spec"]["template"] == before
+
+
+def test_drain_respects_budget_and_broken_pod_evictable(installed: Installed) -> None:
+    """With one replica broken nobody drains a second one; the broken one may go, or no node with it would ever be drained."""
+    (broken, healthy, *_) = (pod["metadata"]["name"] for pod in installed.get("pods", "-l", "argosy.dev/model=chat")["items"])
+    installed.reach.kubectl("annotate", "pod", broken, "fake.argosy.dev/ready=false", "-n", installed.namespace)
+    budget = f"poddisruptionbudget/{RELEASE}-model-chat"
+    installed.reach.wait(installed.namespace, budget, "jsonpath={.status.disruptionsAllowed}=0")
+    with pytest.raises(Refused, match="disruption budget"):
+        installed.evict(healthy)
+    installed.evict(broken)
+    installed.reach.wait(installed.namespace, f"pod/{broken}", "delete")
+    installed.reach.wait(installed.namespace, budget, "jsonpath={.status.disruptionsAllowed}=1")
 
 
 def test_notes_verbatim(installed: Installed) -> None:
