@@ -244,14 +244,16 @@ class ClusterLauncher:
     async def list(self) -> frozenset[str]:
         """See jobs.Launcher."""
         if not all(feed.listed for feed in self._jobs):
-            raise LauncherUnavailable(self._trouble() or "the cluster was not heard of yet")
+            raise LauncherUnavailable(self.trouble or "the cluster was not heard of yet")
         names = {job["metadata"]["name"] for feed in self._jobs for job in feed.view.values()}
         return frozenset(name for name in names if NAME.fullmatch(name))
 
     def _collection(self, namespace: str) -> str:
         return (JOBS if self.place.nodes == 1 else JOB_SETS).format(namespace)
 
-    def _trouble(self) -> str:
+    @property
+    def trouble(self) -> str:
+        """Why a view is not as of now; empty: it is."""
         return next((feed.fresh.trouble for feed in (*self._jobs, *self._pods) if feed.fresh.trouble), "")
 
     async def _do(self, act: Callable[..., R], *arguments: object) -> R:

@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
 from kubernetes import client
 
 from services.finetune.jobs import Attempt, Launcher, LauncherUnavailable, NameTaken, Seen, Waits, Where
-from services.finetune.launchers import sight
+from services.finetune.launchers import cluster_api, sight
 from services.finetune.launchers.cluster_api import Api
 from services.finetune.launchers.job_manifest import audience
 from services.finetune.token_reviews import NOBODY, TokenReviews
 from tests.deploy.control_plane.grounds import api_client, items
 from tests.deploy.control_plane.grounds import ground as ground_of
 from tests.deploy.reach import Reach
+from tests.faults.proxy import fault_proxy
 from tests.protocols.clusters import Cluster
 from tests.protocols.launcher_contract import attempt, until
 
@@ -257,6 +259,38 @@ async def test_A25_the_role_is_enough_and_its_loss_is_readable(control_plane: Re
     await until(there, two.name, lambda seen: seen.where is Where.RUNNING)
     await there.stop(one.name, 1)
     await there.reap(one.name)
+
+
+@pytest.mark.parametrize("trouble", ["killed", "silent"])
+async def test_F21_F19_watch_survives_an_api_that_is(
+    control_plane: Reach, place: tuple[Cluster, str], monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    for bound in ("ANSWER_S", "SILENCE_S"):
+        monkeypatch.setattr(cluster_api, bound, 2.0)
+    ground, namespace = place
+    settings = api_client(control_plane.kubeconfig).configuration
+    real = urlsplit(settings.host)
+    async with fault_proxy(real.netloc) as proxy:
+        settings.host, settings.tls_server_name = f"https://{proxy.address}", real.hostname
+        there = ground.launcher(None, client=client.ApiClient(settings))
+        one = await started(there)
+        if trouble == "killed":
+            proxy.refusing = True
+            proxy.reset()
+        else:
+            proxy.blackhole()
+        async with asyncio.timeout(60):
+            while not there.trouble:
+                await asyncio.sleep(0.05)
+        name = pod_of(control_plane, namespace, one.name)["metadata"]["name"]
+        control_plane.kubectl("annotate", "pod", name, "-n", namespace, "fake.argosy.dev/exit-code=65")
+        control_plane.wait(namespace, f"job/{one.name}", "condition=Failed")
+        assert (await there.observe(one.name)).where is Where.RUNNING, "what was seen last"
+        with pytest.raises(LauncherUnavailable):
+            await there.observe(attempt().name)
+        proxy.heal()
+        assert (await until(there, one.name, lambda seen: seen.where is Where.EXITED)).code == 65
+        assert there.trouble == ""
 
 
 def test_F22_F23_F24_one_job_per_crash_point(control_plane: Reach) -> None:
