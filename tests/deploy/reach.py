@@ -9,7 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from tools.cluster.cluster import CLAIM, Cluster, Facts
-from tools.cluster.images import built
+from tools.cluster.images import built, load
 from tools.cluster.toolbox import Toolbox
 
 COMMAND_SECONDS = 120
@@ -47,9 +47,7 @@ class Reach:
     def load(self, *names: str) -> list[str]:
         """Give the real node our images by their names (gateway, finetune, inference, trainer, weights): their references."""
         assert self.cluster
-        archives = built(list(names))
-        self.cluster.node(self.toolbox).import_images(list(archives.values()))
-        return list(archives)
+        return load(self.cluster.node(self.toolbox), built(list(names)))
 
     def claim(self, namespace: str) -> str:
         """A claim in the namespace on the folder `facts.store`, which all pods share: its name."""

@@ -9,18 +9,24 @@ from tools.cluster.processes import wait_until
 MOUNT = Path("/sys/fs/cgroup")
 FIRST_KEPT = MOUNT / "argosy-outside"  # version 2 inside a container: processes must leave the root before it may have children with limits
 
+# A branch competes with every single process of the machine's root, where the default would make a whole cluster weigh as much as one.
+WEIGHT = 8
+
 
 def make(name: str) -> None:
     """Make the branch, ready for a kubelet to grow pods under."""
     if (MOUNT / "cgroup.controllers").exists():
         _open_root()
         (MOUNT / name).mkdir(exist_ok=True)
+        (MOUNT / name / "cpu.weight").write_text(str(WEIGHT * 100))
         return
     for branch in _branches(name):
         branch.mkdir(exist_ok=True)
         for file in ("cpuset.cpus", "cpuset.mems"):  # empty in a new one, and then nothing may run in it
             if (branch / file).exists():
                 (branch / file).write_text((branch.parent / file).read_text())
+        if (branch / "cpu.shares").exists():
+            (branch / "cpu.shares").write_text(str(WEIGHT * 1024))
 
 
 def remove(name: str) -> None:

@@ -15,7 +15,7 @@ from argosy import Client
 from tools import demo
 from tools.cluster.cluster import CLAIM, ROOT, Cluster, Facts
 from tools.cluster.commands import CommandFailed, run, say
-from tools.cluster.images import built
+from tools.cluster.images import built, load
 from tools.cluster.processes import ClusterFailed, Processes
 from tools.cluster.toolbox import Toolbox
 
@@ -33,8 +33,8 @@ out = Console(highlight=False)
 def values(facts: Facts, version: str) -> dict[str, Any]:
     """What a first try on the harness's node needs: no registry, no GPU, everything on a few cores."""
 
-    def room(memory: str, limit: str) -> dict[str, Any]:
-        return {"requests": {"cpu": "50m", "memory": memory}, "limits": {"memory": limit}}
+    def room(cpu: str, memory: str, limit: str) -> dict[str, Any]:
+        return {"requests": {"cpu": cpu, "memory": memory}, "limits": {"memory": limit}}
 
     weights = {"source": "image", "ref": f"localhost/argosy-weights-{MODEL}:{version}", "pullPolicy": "Never"}
     return {
@@ -45,7 +45,7 @@ def values(facts: Facts, version: str) -> dict[str, Any]:
             "nodePools": {POOL: {"gpu": {"mode": "none"}}},
         },
         "platform": {
-            "gateway": {"resources": room("256Mi", "1Gi")},
+            "gateway": {"resources": room("100m", "256Mi", "1Gi")},
             "finetune": {
                 "replicas": 1,
                 "pool": POOL,
@@ -53,11 +53,11 @@ def values(facts: Facts, version: str) -> dict[str, Any]:
                 "jobNamespaces": [JOBS],
                 "createNamespaces": False,  # made with the claim
                 "bases": {MODEL: {"weights": weights}},
-                "resources": room("256Mi", "4Gi"),
-                "trainer": {"resources": room("512Mi", "8Gi")},
+                "resources": room("100m", "256Mi", "4Gi"),
+                "trainer": {"resources": room("500m", "512Mi", "8Gi")},
             },
         },
-        "models": {"models": {MODEL: {"pool": POOL, "allowDowntime": True, "weights": weights, "resources": room("1Gi", "6Gi")}}},
+        "models": {"models": {MODEL: {"pool": POOL, "allowDowntime": True, "weights": weights, "resources": room("500m", "1Gi", "6Gi")}}},
     }
 
 
@@ -93,13 +93,11 @@ class Installation:
             facts = self._cluster.facts
             if facts is None or facts.tier != 2:
                 raise ClusterFailed("Argosy's pods need a real node: python -m tools.cluster up --tier 2")
-            archives = built(IMAGES)
-            say(f"loading {len(archives)} images into the node")
-            self._cluster.node(self._toolbox).import_images(list(archives.values()))
+            references = load(self._cluster.node(self._toolbox), built(IMAGES))
             for namespace in (NAMESPACE, JOBS):
                 self._cluster.claim(namespace)
             ours = self._folder / "values.json"
-            ours.write_text(json.dumps(values(facts, next(iter(archives)).rpartition(":")[2]), indent=1))
+            ours.write_text(json.dumps(values(facts, references[0].rpartition(":")[2]), indent=1))
             files.insert(0, ours)
         command = ["upgrade", RELEASE, str(CHART), "--install", "--namespace", NAMESPACE, "--create-namespace"]
         command += [word for file in files for word in ("--values", str(file))]

@@ -72,6 +72,11 @@ class Node:
         for archive in archives:
             self.room.run(self.programs.ctr, "--address", SOCKET, "--namespace", "k8s.io", "images", "import", archive)
 
+    def images(self) -> dict[str, str]:
+        """What is loaded: reference → digest of its manifest."""
+        lines = self.room.run(self.programs.ctr, "--address", SOCKET, "--namespace", "k8s.io", "images", "list").splitlines()[1:]
+        return {line.split()[0]: line.split()[2] for line in lines}
+
     def start_kubelet(self, authority: Authority, server: str, api: Api, gpus: int = GPUS) -> None:
         """The kubelet and what makes its node useful; returns when the node is Ready and has its GPUs."""
         at = self.room.addresses
