@@ -20,7 +20,7 @@ def job(state: State, **changed: object) -> Job:
     return Job(**(said | changed))  # type: ignore[arg-type]
 
 
-RUNNING, ABSENT = Seen(Where.RUNNING), Seen(Where.ABSENT)
+RUNNING, ABSENT, PENDING = Seen(Where.RUNNING), Seen(Where.ABSENT), Seen(Where.PENDING)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,10 @@ RUNNING, ABSENT = Seen(Where.RUNNING), Seen(Where.ABSENT)
         (job(S.RUNNING), Seen(Where.EXITED, 0), Do.LOST),  # T7: exit 0 is no success
         (job(S.RUNNING, lease_time=NOW), RUNNING, Do.STOP),
         (job(S.RUNNING, lease_time=None), RUNNING, Do.WAIT),
+        (job(S.RUNNING, lease_time=NOW - timedelta(hours=1)), PENDING, Do.HOLD),  # it waits for a place: nobody could have renewed it
+        (job(S.PREPARING, lease_time=NOW + timedelta(seconds=59)), PENDING, Do.HOLD),
+        (job(S.PREPARING, lease_time=NOW + timedelta(seconds=61)), PENDING, Do.WAIT),
+        (job(S.PREPARING, deadline=NOW), PENDING, Do.FAIL_DEADLINE),
         (job(S.RUNNING, deadline=NOW), RUNNING, Do.FAIL_DEADLINE),
         (job(S.QUEUED, reaped=True, deadline=NOW), None, Do.FAIL_DEADLINE),
         (job(S.CANCELLING), RUNNING, Do.STOP),
