@@ -139,6 +139,10 @@ class Labels:
             raise KeyError(f"{metric.name} has no label {sorted(unlisted)}")
         return {name: self._bounded(metric.name, name, value) for name, value in labels.items()}
 
+    def forget(self, metric: Metric, label: str, value: str) -> None:
+        """What it names is gone: another may have its place."""
+        self._seen[metric.name, label].discard(value)
+
     def _bounded(self, metric: str, label: str, value: str) -> str:
         seen = self._seen[metric, label]
         if value in seen:
@@ -279,6 +283,11 @@ class Telemetry:
         instrument = self._instruments.get(name)
         if instrument is not None:
             instrument(value, attributes)
+
+    def forget(self, name: str, label: str, value: str) -> None:
+        """What a gauge's label named is gone: it stands at 0, and does not count among the label's values."""
+        self.record(name, 0, {label: value})
+        self._labels.forget(METRICS[name], label, value)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus's text format."""

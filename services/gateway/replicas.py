@@ -590,7 +590,7 @@ class Replicas:
             watcher.cancel()
         await asyncio.gather(*link.watchers, return_exceptions=True)
         await link.channel.close(None)
-        self._telemetry.record("argosy.replica.inflight", 0, {"argosy.replica": link.replica.name})
+        self._telemetry.forget("argosy.replica.inflight", "argosy.replica", link.replica.name)
 
     async def until(self, reachable: int, timeout_s: float = 10.0) -> None:
         """Wait until exactly so many replicas are reachable; TimeoutError if that does not come about."""

@@ -79,6 +79,16 @@ def test_A22_a_flood_of_label_values_makes_no_series() -> None:
     assert counts["gemma"] == 2 and counts[OTHER] == 10_000 - (LABEL_VALUES - 1)
 
 
+def test_replicas_that_come_and_go_do_not_use_up_the_names_of_those_that_stay() -> None:
+    telemetry = Telemetry.start("test", {})
+    for number in range(3 * LABEL_VALUES):
+        telemetry.record("argosy.replica.inflight", 7, {"argosy.replica": f"r{number}"})
+        telemetry.forget("argosy.replica.inflight", "argosy.replica", f"r{number}")
+    telemetry.record("argosy.replica.inflight", 5, {"argosy.replica": "here"})
+    shown = {dict(k[1])["argosy_replica"]: v for k, v in samples(telemetry).items() if k[0] == "argosy_replica_inflight"}
+    assert shown.pop("here") == 5 and set(shown.values()) == {0}
+
+
 @pytest.mark.parametrize("value", ["x" * 101, "a\nb", "\x1b[31m", "\u202e"])
 def test_A22_a_strange_label_value_is_other(value: str) -> None:
     assert Labels().bounded(METRICS["argosy.auth.refused"], {"argosy.reason": value}) == {"argosy.reason": OTHER}

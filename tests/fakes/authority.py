@@ -5,6 +5,7 @@ import ipaddress
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -31,6 +32,14 @@ class Authority:
         made = self._builder(self.name, self.key, now - HOUR, now + 1_000 * HOUR)
         made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         self.pem = made.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    @classmethod
+    def of(cls, pem: bytes, key: bytes) -> Self:
+        """One that signed before."""
+        made, known = cls(), serialization.load_pem_private_key(key, None)
+        assert isinstance(known, ec.EllipticCurvePrivateKey)
+        made.pem, made.key, made.name = pem, known, x509.load_pem_x509_certificate(pem).subject
+        return made
 
     def _builder(
         self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, begins: dt.datetime, ends: dt.datetime

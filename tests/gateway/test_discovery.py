@@ -150,6 +150,23 @@ async def test_a_view_waits_for_every_namespace(cluster: Kubernetes) -> None:
         assert views[-1].models == {"models/fake"}
 
 
+async def test_F21_a_silent_api_server_is_asked_again(cluster: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch whose other end is gone says nothing at all; a list that is not answered neither."""
+    monkeypatch.setattr("services.gateway.discovery.SILENCE_S", 0.4)  # the fake's bookmarks come once a second
+    monkeypatch.setattr("services.gateway.discovery.ANSWER_S", 0.4)
+    async with fake_engine(["one"]) as one, edge(cluster=cluster.client(), reachable=0) as at:
+        cluster.hears = False
+        listed(cluster, one)
+        await at.replicas.until(1, timeout_s=20)
+        cluster.fault = lambda method, path: Fault(silent_s=2.0)
+        unlisted(cluster, one)
+        asked = len(cluster.requests)
+        await until(lambda: len(cluster.requests) >= asked + 2)
+        assert await said(at) == "one"
+        cluster.fault = lambda method, path: None
+        await until(lambda: not at.replicas.links)
+
+
 def test_no_cluster_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
