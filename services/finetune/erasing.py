@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from services.chassis import signing
 from services.chassis.errors import StoreUnavailable
 from services.chassis.objects import Objects
-from services.finetune import dataset_store, replays, sql_charges, upload_store
+from services.finetune import dataset_store, replays, sql_charges, sql_models, upload_store
 from services.finetune.job_erasure import cancel_paused
 from services.finetune.queries import Record
 from services.finetune.settings import DatasetSettings
@@ -74,6 +74,7 @@ class Eraser:
                 self._swept = time.monotonic()
                 await replays.sweep(connection)
                 await sql_charges.fold(connection)
+                await sql_models.fold_events(connection)
                 late = await dataset_store.late_deletions(connection, LATE)
                 if late:
                     log.warning("%d erasures wait for what may still write to end", late)

@@ -1,9 +1,10 @@
-"""Wakes whoever follows the gateways' feed: one LISTEN connection a process, and a slow look where it is down."""
+"""Wakes whoever follows a log: one LISTEN connection a process and channel, and a slow look where it is down."""
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from weakref import WeakValueDictionary
 
 from services.chassis.errors import StoreUnavailable
 from services.finetune.store import FineTuneStore
@@ -21,12 +22,18 @@ class Feed:
 
     def __init__(self, channel: str = CHANNEL) -> None:
         self._channel = channel
-        self._changed = asyncio.Event()
+        self._pulses: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()  # by subject, while anybody waits for it
         self._sighted = False
 
-    def pulse(self) -> asyncio.Event:
-        """Taken before a look at the table, it is set by whatever is committed after."""
-        return self._changed
+    def pulse(self, subject: str = "") -> asyncio.Event:
+        """Taken before a look at the table, it is set by whatever is committed after.
+
+        `subject`: what the notifications name, such as a job's uid, where nothing else is of interest; empty: everything is.
+        """
+        found = self._pulses.get(subject)
+        if found is None:
+            found = self._pulses[subject] = asyncio.Event()
+        return found
 
     async def wait(self, pulse: asyncio.Event, quiet_s: float = QUIET_SECONDS) -> bool:
         """Until something was committed after `pulse` was taken; False: nothing in `quiet_s`, as far as is known."""
@@ -37,21 +44,24 @@ class Feed:
             return False
         return True
 
-    def wake(self) -> None:
-        """Something was committed."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+    def wake(self, subject: str = "") -> None:
+        """Something was committed about this subject."""
+        for name in {subject, ""}:
+            pulse = self._pulses.pop(name, None)
+            if pulse is not None:
+                pulse.set()
 
     def _sees(self) -> None:
         self._sighted = True
-        self.wake()  # what was committed while nobody listened
+        for subject in tuple(self._pulses):  # what was committed while nobody listened
+            self.wake(subject)
 
     async def follow(self, store: FineTuneStore) -> None:
         """Listen, and again when the connection breaks, until cancelled."""
         await store.ready.wait()
         while True:
             try:
-                await store.listen(lambda _: self.wake(), channel=self._channel, ready=self._sees)
+                await store.listen(self.wake, channel=self._channel, ready=self._sees)
             except StoreUnavailable:
                 log.warning("nothing wakes the registry's feed: the database is away")
             except Exception:  # else nobody would be woken again, nor know that a slow look is all there is

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import and_, func, insert, literal, select, update
+from sqlalchemy import and_, delete, func, insert, literal, or_, select, update
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -22,6 +22,8 @@ from services.finetune.schema.models import (
     servable_reports,
 )
 
+EVENTS_KEPT = timedelta(days=1)  # of the gateways' feed: longer than one is cut off and goes on behind its cursor
+ERASURES_KEPT = timedelta(days=35)  # longer than a replica may have been off with its disk
 PROD = "prod"  # the alias that a model's plain name means
 
 _now = func.clock_timestamp()
@@ -268,6 +270,13 @@ async def events(connection: AsyncConnection, after: int, limit: int = 200) -> l
     """What every gateway is told after a cursor, for all projects."""
     e = registry_events.c
     return list((await connection.execute(select(registry_events).where(e.sequence > after).order_by(e.sequence).limit(limit))).mappings())
+
+
+async def fold_events(connection: AsyncConnection) -> None:
+    """Forget what no gateway needs: one that starts knows no names, loads old versions when asked for, and must hear of erasures."""
+    e = registry_events.c
+    old = or_(and_(e.kind != "erased", e.create_time < _now - EVENTS_KEPT), and_(e.kind == "erased", e.create_time < _now - ERASURES_KEPT))
+    await connection.execute(delete(registry_events).where(old))
 
 
 async def report_servable(

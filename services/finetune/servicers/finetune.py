@@ -244,12 +244,13 @@ class FineTuneServicer:
     async def ListFineTuneJobEvents(self, request: pb.ListFineTuneJobEventsRequest, context: Any) -> pb.ListFineTuneJobEventsResponse:
         """A page of the log; with `wait`, once there is something behind the cursor."""
         bounds.check(request)
+        (uid,) = own(request.parent, JOB_NAME, "parent")
         listing = self.desk.listing(request.page_size, request.page_token, "events", request.parent)
         after = int(listing.after[0]) if listing.after is not None else request.after_sequence
         loop = asyncio.get_running_loop()
         ends = loop.time() + min(request.wait.ToTimedelta().total_seconds(), remaining(ANSWER_SECONDS))
         while True:
-            pulse = self._feed.pulse()
+            pulse = self._feed.pulse(uid)
             async with self.desk.store.transaction() as connection:
                 row = await _job(connection, request.parent, "parent")
                 if after > row["last_sequence"]:
@@ -266,10 +267,11 @@ class FineTuneServicer:
     async def WatchFineTuneJob(self, request: pb.WatchFineTuneJobRequest, context: Any) -> AsyncIterator[pb.WatchFineTuneJobResponse]:
         """The log behind a cursor, stored and then live, until the job rests for good and, if it succeeded, is servable."""
         bounds.check(request)
+        (uid,) = own(request.name, JOB_NAME)
         loop = asyncio.get_running_loop()
         at, marked, rested = request.after_sequence, -1, 0.0
         while True:
-            pulse = self._feed.pulse()
+            pulse = self._feed.pulse(uid)
             async with self.desk.store.transaction() as connection:
                 row = await _job(connection, request.name)
                 if at > row["last_sequence"]:
