@@ -1,8 +1,10 @@
 """The models chart as the tests of this folder render it."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import kubernetes_validate.utils
 import pytest
 
 from tests.deploy.templates import Object, Refusal, over, template
@@ -50,6 +52,14 @@ class Models:
         return str(refused.value)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def schemas_read_once() -> Iterator[None]:
+    """The validator reads megabytes of definitions again for each object."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kubernetes_validate.utils, "schema_contents", functools.cache(kubernetes_validate.utils.schema_contents))
+        yield
+
+
 @pytest.fixture
 def models(toolbox: Toolbox) -> Models:
     return Models(toolbox)
@@ -58,6 +68,3 @@ def models(toolbox: Toolbox) -> Models:
 def model(**values: Any) -> Object:
     """One model of two replicas on the GPU pool, with these values over it."""
     return over({"pool": "h100", "replicas": 2, "weights": IMAGE}, values)
-
-
-Render = Callable[..., list[Object]]

@@ -1,14 +1,11 @@
 """What outlives a version of the chart: its values as documented, objects that each Kubernetes takes, and fields that can never change."""
 
-import functools
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import kubernetes_validate
-import kubernetes_validate.utils
 import pytest
 import yaml
 
@@ -47,14 +44,6 @@ ENTRIES: Object = {
 }
 STORE: Object = {"global": {"provider": "gke", "store": {"url": "file:///store", "existingClaim": "shared"}}}
 APIS = [GROUPS, KEDA, "monitoring.coreos.com/v1"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def schemas_read_once() -> Iterator[None]:
-    """The validator reads megabytes of definitions again for each object."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kubernetes_validate.utils, "schema_contents", functools.cache(kubernetes_validate.utils.schema_contents))
-        yield
 
 
 @pytest.mark.parametrize("minor", [34, 35, 36, 37])
