@@ -1,9 +1,11 @@
 """Argosy as an operator installs it on the real node: the platform's chart, the models' chart, a tiny model in an image of its own."""
 
+import asyncio
 import base64
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -13,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import asyncpg
 
 from argosy import AsyncClient, Client
 from tests.deploy.reach import Reach
@@ -28,6 +32,7 @@ POOL = {"providerPool": "h100", "gpu": {"mode": "none"}, "nodes": 1}  # the node
 LITTLE = {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "2Gi"}}
 ENGINE = {"dtype": "float32", "backend": "eager", "kv_tokens": 65_536, "canary_seconds": 600}
 INSTALL_SECONDS = 420  # of a busy machine of two cores
+SHELL_SECONDS = 120
 LONGEST_SECONDS = 120  # of a stream, and so of a drain
 
 
@@ -138,12 +143,13 @@ def install(node: Reach, folder: Path, namespace: str, stack: contextlib.ExitSta
     for one in (namespace, jobs):
         claim = node.claim(one)
         node.kubectl("label", "namespace", one, "pod-security.kubernetes.io/enforce=restricted")
-    platform, models = values(namespace, jobs, node.facts.database_url.replace("+asyncpg", ""), claim, built.reference)
+    database = asyncio.run(_database(node.facts.database_url.replace("+asyncpg", ""), namespace))
+    platform, models = values(namespace, jobs, database, claim, built.reference)
     it = Installed(node, namespace, jobs, folder / "ca.crt", "", "", "", models)
     notes = it.release("install", RELEASE, "platform", platform)
     it.release("install", MODELS, "models", models)
-    command = next(line.strip() for line in notes.splitlines() if "bootstrap" in line)
-    key = shell(it, f"{command}\necho $ARGOSY_API_KEY").strip()
+    command = next(line.strip().removeprefix("export ") for line in notes.splitlines() if "bootstrap" in line)
+    key = shell(it, f"{command}\necho; echo $ARGOSY_API_KEY").splitlines()[-1]  # behind what it logged
     authority = it.get("secret", f"{RELEASE}-tls")["data"]["ca.crt"]
     it.ca.write_bytes(base64.b64decode(authority))
     service = it.get("service", f"{RELEASE}-gateway")["spec"]
@@ -152,20 +158,32 @@ def install(node: Reach, folder: Path, namespace: str, stack: contextlib.ExitSta
 
 
 def shell(it: Installed, script: str, **environment: str) -> str:
-    """Run lines as an operator types them, with kubectl, helm and argosy on the path."""
+    """Run lines as an operator types them, with kubectl, helm and argosy on the path; what they left running ends with them."""
     path = f"{it.node.toolbox.clients}:{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
     variables = {**os.environ, "PATH": path, "KUBECONFIG": str(it.node.kubeconfig), **environment}
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=it.ca.parent,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
-    return done.stdout
+    words = ["bash", "-euo", "pipefail", "-c", script]
+    with tempfile.TemporaryFile("w+") as said:  # a pipe would stay open as long as what runs behind
+        running = subprocess.Popen(words, cwd=it.ca.parent, env=variables, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = running.wait(SHELL_SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+        said.seek(0)
+        text = said.read()
+    assert code == 0, f"{script}\n{text}"
+    return text
+
+
+async def _database(url: str, name: str) -> str:
+    """A new database of the server at `url`: an installation's keys are of no use to another."""
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(f'CREATE DATABASE "{name}"')
+    finally:
+        await connection.close()
+    return url.rpartition("/")[0] + f"/{name}"
 
 
 @contextlib.contextmanager
