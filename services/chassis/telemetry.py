@@ -6,6 +6,7 @@ number, so that no caller can grow the series. A log event is one line of ASCII,
 
 import asyncio
 import collections
+import contextlib
 import json
 import logging
 import os
@@ -18,7 +19,6 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, Self, TextIO
 
 import grpc
@@ -399,18 +399,21 @@ class Telemetry:
             tls = None
         elif tls is None:
             raise PlaintextRefused("show metrics on", address)
+        context = _renewing(tls) if tls is not None else None
         host, _, port = address.rpartition(":")
-        server = await asyncio.start_server(partial(self._scraped, tls), host.strip("[]"), int(port), limit=8_192)
+        # Not start_tls in the handler: under uvloop the stream may have read the client's first bytes by then.
+        handshake_s = None if context is None else 5
+        server = await asyncio.start_server(
+            self._scraped, host.strip("[]"), int(port), limit=8_192, ssl=context, ssl_handshake_timeout=handshake_s
+        )
         try:
             yield f"{host}:{server.sockets[0].getsockname()[1]}"
         finally:
             server.close()
             await server.wait_closed()
 
-    async def _scraped(self, tls: Callable[[], ssl.SSLContext] | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _scraped(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            if tls is not None:
-                await writer.start_tls(tls(), ssl_handshake_timeout=5)
             async with asyncio.timeout(5):
                 head = await reader.readuntil(b"\r\n\r\n")
             found = head.startswith((b"GET /metrics ", b"GET /metrics?"))
@@ -421,7 +424,7 @@ class Telemetry:
             writer.write(body)
             async with asyncio.timeout(5):
                 await writer.drain()
-        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):  # an OSError: a handshake refused, too
+        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
             log.debug("a scrape broke off")
         finally:
             writer.close()
@@ -453,6 +456,18 @@ class Telemetry:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+def _renewing(tls: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+    """A context that each connection leaves for the newest: certificate and authority are those of the files as they are then."""
+    first = tls()
+
+    def newest(connection: ssl.SSLObject | ssl.SSLSocket, _name: str | None, _context: ssl.SSLContext) -> None:
+        with contextlib.suppress(ssl.SSLError):  # amid a swap of the files: this connection still has the old ones
+            connection.context = tls()
+
+    first.sni_callback = newest  # called for each hello, with or without a name in it
+    return first
 
 
 LAG_GOOD_SAMPLES = 4  # a second without a block
