@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.chassis.certificates import CertificateRefused, Certificates, ClientTls
@@ -233,26 +234,39 @@ def test_a_client_s_files_go_together(names: tuple[str, ...], tmp_path: Path) ->
     assert ClientTls().certificates() is None
 
 
+async def scraped(address: str, files: Secret | None, authority: Authority) -> bytes:
+    """What the metrics' listener answers to whoever shows these files."""
+    context = ssl.create_default_context(cadata=authority.pem.decode())
+    if files is not None:
+        context.load_cert_chain(files.certificate, files.private_key)
+    port = int(address.rpartition(":")[2])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="argosy-chat.models.svc")
+    try:
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+def test_metrics_are_read_under_uvloop_each_time(server: Secret, client: Secret, authority: Authority) -> None:
+    """The services run on it, and its streams read before a handler runs: a handshake in the handler lost the client's hello."""
+
+    async def ask() -> list[bytes]:
+        telemetry = Telemetry.start("test", {})
+        telemetry.record("argosy.inflight", 3)
+        async with telemetry.prometheus("0.0.0.0:0", listening(server).metrics_tls()) as address:
+            return [await scraped(address, client, authority) for _ in range(20)]
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert all(b"argosy_inflight" in answer for answer in runner.run(ask()))
+
+
 async def test_metrics_leave_the_machine_over_tls_alone(server: Secret, client: Secret, authority: Authority) -> None:
     telemetry = Telemetry.start("test", {})
     telemetry.record("argosy.inflight", 3)
-
-    async def scraped(address: str, files: Secret | None) -> bytes:
-        context = ssl.create_default_context(cadata=authority.pem.decode())
-        if files is not None:
-            context.load_cert_chain(files.certificate, files.private_key)
-        reader, writer = await asyncio.open_connection(
-            "127.0.0.1", int(address.rpartition(":")[2]), ssl=context, server_hostname="argosy-chat.models.svc"
-        )
-        try:
-            writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-            return await reader.read()
-        finally:
-            writer.close()
-
     async with telemetry.prometheus("0.0.0.0:0", listening(server).metrics_tls()) as address:
-        assert b"argosy_inflight" in await scraped(address, client)
+        assert b"argosy_inflight" in await scraped(address, client, authority)
         with contextlib.suppress(ssl.SSLError, ConnectionError):  # whether the refusal or the end is seen first
-            assert not await scraped(address, None)
+            assert not await scraped(address, None, authority)
         server.put(authority.issue("argosy-chat.models.svc"), [authority])
-        assert b"argosy_inflight" in await scraped(address, client)
+        assert b"argosy_inflight" in await scraped(address, client, authority)
