@@ -18,13 +18,15 @@ import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.chassis import signing
-from services.chassis.errors import NotStarted, ResourceNotFound, ServiceError, StoreUnavailable
+from services.chassis.errors import NotStarted, ResourceNotFound, ServiceError, StoreUnavailable, WrongState
+from services.chassis.objects import ObjectMissing, Objects
 from services.finetune import dataset_store, gate, lineage, sql_charges, sql_evaluations, sql_models
 from services.finetune.bases import Bases
 from services.finetune.examining import Examinee, Task
-from services.finetune.gate import Outcomes, Verdict
+from services.finetune.gate import Outcomes
 from services.finetune.hosts import SILENT_SECONDS, allowed
 from services.finetune.lineage import Signer
+from services.finetune.overlap import overlap
 from services.finetune.queries import Record
 from services.finetune.store import FineTuneStore
 
@@ -88,7 +90,7 @@ class ProcessHost:
             child._transport.close()  # type: ignore[attr-defined]  # its pipes, at once rather than when collected
 
 
-def verdict_statement(row: Record, name: str, candidate_digest: str, verdict: Verdict) -> bytes:
+def verdict_statement(row: Record, name: str, candidate_digest: str, verdict: Mapping[str, Any]) -> bytes:
     """What is signed of an ended evaluation: the verdict about the candidate's digest, on rows by their digest."""
     said: dict[str, Any] = {
         "evaluation": f"{name}/evaluations/{row['uid']}",
@@ -97,7 +99,7 @@ def verdict_statement(row: Record, name: str, candidate_digest: str, verdict: Ve
         "alias": row["alias"],
         "dataset_version": row["dataset_version"],
         "seed": row["seed"],
-        "verdict": verdict.as_json(),
+        "verdict": verdict,
     }
     subjects = {said["candidate"]: candidate_digest, row["dataset_version"]: row["dataset_digest"]}
     return signing.statement(subjects, signing.GATE_VERDICT, said)
@@ -112,6 +114,7 @@ class Evaluators:
     bases: Bases
     signer: Signer
     host: Host = field(default_factory=ProcessHost)
+    objects: Objects | None = None  # where rows' minima are; None: nearly alike rows are not looked for
     threads: int | None = None
     nanos_per_second: int = 0  # of a measuring process, 1e-9 of `currency`'s unit
     currency: str = "USD"
@@ -187,12 +190,27 @@ class Evaluators:
     async def _judged(self, row: Record, name: str, digest: str, outcomes: Mapping[str, Outcomes], seconds: float) -> None:
         others = {other: found for other, found in outcomes.items() if other != CANDIDATE}
         verdict = await asyncio.to_thread(gate.judge, row["metric"], outcomes[CANDIDATE], others, row["margin"], row["seed"])
-        envelope = self.signer.seal(verdict_statement(row, name, digest, verdict))
+        said = verdict.as_json() | {"near_rows": await self._near_rows(row)}
+        envelope = self.signer.seal(verdict_statement(row, name, digest, said))
         async with self.store.transaction() as connection:
             await self._end(
                 connection, row, "PASSED" if verdict.passed else "NOT_PASSED", seconds,
-                verdict=json.loads(json.dumps(verdict.as_json())), envelope=envelope, measured_rows=len(outcomes[CANDIDATE].values),
+                verdict=json.loads(json.dumps(said)), envelope=envelope, measured_rows=len(outcomes[CANDIDATE].values),
             )  # fmt: skip
+
+    async def _near_rows(self, row: Record) -> int:
+        """Held-out rows nearly alike one that the candidate was trained on (V12); 0 where the rows are gone by now."""
+        if self.objects is None:
+            return 0
+        try:
+            async with self.store.transaction() as connection:
+                version = await sql_models.version(connection, row["project_uid"], row["model_uid"], row["candidate"])
+                datasets = lineage.from_json(version["manifest"]).datasets if version is not None else ()
+                names = [row["dataset_version"], *(each.dataset_version for each in datasets if each.use == "train")]
+                held, *trained = [await dataset_store.version_for_training(connection, row["project_uid"], name) for name in names]
+            return max([(await overlap(self.objects, train, held)).near_rows for train in trained], default=0)
+        except (ResourceNotFound, WrongState, ObjectMissing):
+            return 0
 
     async def _end(self, connection: AsyncConnection, row: Record, state: str, seconds: float, **values: Any) -> None:
         """End it and say what it owes: the seconds of the process that ended it. What died or was given back on the way is ours to pay."""

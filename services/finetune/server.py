@@ -253,7 +253,13 @@ async def finetune(
         )
         price = settings.quotas
         evaluators = Evaluators(
-            store, settings.store_url, bases, signer, nanos_per_second=price.training_nanos_per_second, currency=price.cost_currency
+            store,
+            settings.store_url,
+            bases,
+            signer,
+            objects=objects,
+            nanos_per_second=price.training_nanos_per_second,
+            currency=price.cost_currency,
         )
         models = ModelServicer(desk, objects, bases, signer, JobDependants(), eraser.wake, evaluators.wake)
         feed = await stack.enter_async_context(following(store))

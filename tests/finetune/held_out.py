@@ -4,9 +4,9 @@ import hashlib
 from uuid import uuid4
 
 import msgspec
-import numpy as np
 from sqlalchemy import text
 
+from services.finetune.near_duplicates import minima
 from services.finetune.rows import Layout, Row, read_rows
 from tests.finetune.adapters import House
 
@@ -41,5 +41,5 @@ async def dataset_version(house: House, name: str, number: int, data: bytes, for
     above = f"datasets/{project}/{found}/{uid}"
     await house.objects.put(f"{above}/data", data)
     await house.objects.put(f"{above}/digests", b"".join(row.digest[:8] for row in rows))
-    await house.objects.put(f"{above}/digests-near", np.zeros((len(rows), 16), dtype="<u2").tobytes())
+    await house.objects.put(f"{above}/digests-near", minima(["\n".join(row.said) for row in rows]).astype("<u2").tobytes())
     return f"projects/{house.caller.project}/datasets/{name}/versions/{number}"

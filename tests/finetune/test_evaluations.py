@@ -80,7 +80,7 @@ async def serving(url: str, tmp_path: Path, base: Path) -> AsyncIterator[Service
         store_url = f"file://{tmp_path}/objects"
         objects = open_objects(store_url)
         house, host, bases = House(store, objects), Host(), Bases([f"tiny={base}"], str(tmp_path / "cache"))
-        evaluators = Evaluators(store, store_url, bases, SIGNER, host)
+        evaluators = Evaluators(store, store_url, bases, SIGNER, host, objects)
         servicer = ModelServicer(Desk(store, PageTokens(b"t" * 32)), objects, bases, SIGNER, evaluate=evaluators.wake)
         try:
             yield Service(house, evaluators, servicer, host)
@@ -140,6 +140,24 @@ async def test_the_verdict_is_signed_about_the_candidates_digest(service: Servic
     version = await service("GetModelVersion", name=f"{NAME}/versions/2")
     assert subjects[f"{NAME}/versions/2"] == version.adapter_digest
     assert (said["evaluation"], said["verdict"]["passed"], said["current"]) == (asked.name, True, f"{NAME}/versions/1")
+
+
+async def test_V12_held_out_rows_nearly_alike_trained_ones_are_counted_and_signed(service: Service) -> None:
+    long = "the river rose over the market square at night and the council closed both bridges until the morning after the storm had gone"
+    await dataset_version(service.house, "train", 2, json.dumps({"text": long, "label": "tech"}).encode() + b"\n")
+    await service.house.publish(seed=3, labels=LABELS, datasets=trained(2))
+    rows = (f"{long} by", "nothing like it", f"{long} at last")
+    held = await dataset_version(
+        service.house, "held", 2, b"".join(json.dumps({"text": text, "label": "tech"}).encode() + b"\n" for text in rows)
+    )
+    service.host.right = {"candidate": 95, "current": 80, "base": 20}
+    for number, near in ((3, 2), (2, 0)):
+        asked = await service.evaluation(number, held)
+        await service.evaluators.step()
+        ended = await service("GetEvaluation", name=asked.name)
+        assert ended.near_rows == near
+        payload = signing.unseal(ended.signed_verdict.encode(), SIGNER.keys(), signing.IN_TOTO)
+        assert signing.predicate_of(payload, signing.GATE_VERDICT)[0]["verdict"]["near_rows"] == near
 
 
 async def test_T11_rows_that_a_compared_version_was_trained_on_are_refused(service: Service) -> None:

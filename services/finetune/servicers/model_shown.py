@@ -177,6 +177,7 @@ def evaluation(row: Record, of: Record) -> pb.Evaluation:
         target=opponents.get("current", ""),
         measured_rows=row["measured_rows"],
         signed_verdict=bytes(row["envelope"]).decode() if row["envelope"] is not None else "",
+        near_rows=(row["verdict"] or {}).get("near_rows", 0),
     )
     comparisons = (row["verdict"] or {}).get("comparisons", [])
     metric = _UNITS[row["metric"]]

@@ -721,6 +721,7 @@ class Evaluation(_message.Message):
     SCORES_FIELD_NUMBER: _builtins.int
     COMPARISONS_FIELD_NUMBER: _builtins.int
     SIGNED_VERDICT_FIELD_NUMBER: _builtins.int
+    NEAR_ROWS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`projects/{project}/models/{model}/evaluations/{evaluation}`; ≤512 bytes; the last segment is a UUID. Ignored by CreateEvaluation."""
     uid: _builtins.str
@@ -745,6 +746,8 @@ class Evaluation(_message.Message):
     """Rows measured so far."""
     signed_verdict: _builtins.str
     """The signed verdict: a DSSE envelope as JSON. Empty: not ended."""
+    near_rows: _builtins.int
+    """Held-out rows that are nearly alike a row the candidate was trained on (V12). They are measured, too: many of them make it look too good."""
     @_builtins.property
     def error(self) -> _error_pb2.Failure:
         """Why it FAILED. Unset otherwise."""
@@ -795,10 +798,11 @@ class Evaluation(_message.Message):
         scores: _abc.Iterable[Global___EvaluationScore] | None = ...,
         comparisons: _abc.Iterable[Global___EvaluationComparison] | None = ...,
         signed_verdict: _builtins.str = ...,
+        near_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_margin", b"_margin", "_max_rows", b"_max_rows", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "margin", b"margin", "max_rows", b"max_rows", "start_time", b"start_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_margin", b"_margin", "_max_rows", b"_max_rows", "alias", b"alias", "candidate", b"candidate", "comparisons", b"comparisons", "create_time", b"create_time", "dataset_version", b"dataset_version", "end_time", b"end_time", "error", b"error", "etag", b"etag", "margin", b"margin", "max_rows", b"max_rows", "measured_rows", b"measured_rows", "name", b"name", "scores", b"scores", "signed_verdict", b"signed_verdict", "start_time", b"start_time", "state", b"state", "target", b"target", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_margin", b"_margin", "_max_rows", b"_max_rows", "alias", b"alias", "candidate", b"candidate", "comparisons", b"comparisons", "create_time", b"create_time", "dataset_version", b"dataset_version", "end_time", b"end_time", "error", b"error", "etag", b"etag", "margin", b"margin", "max_rows", b"max_rows", "measured_rows", b"measured_rows", "name", b"name", "near_rows", b"near_rows", "scores", b"scores", "signed_verdict", b"signed_verdict", "start_time", b"start_time", "state", b"state", "target", b"target", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__margin: _TypeAlias = _typing.Literal["margin"]  # noqa: Y015
     _WhichOneofArgType__margin: _TypeAlias = _typing.Literal["_margin", b"_margin"]  # noqa: Y015
