@@ -78,12 +78,23 @@ class Processes:
                 raise ClusterFailed(f"{name} did not start: {self.tail(name)}")
             pid = int(children.read_text().split()[0])
         process = Process(name, pid, _born(pid))
-        (self._notes / f"{name}.json").write_text(json.dumps({"pid": process.pid, "born": process.born}))
+        again = {"argv": [str(word) for word in argv], "env": dict(env or {}), "enters": enters}
+        (self._notes / f"{name}.json").write_text(json.dumps({"pid": process.pid, "born": process.born, "again": again}))
         return process
 
+    def restart(self, name: str) -> Process:
+        """Kill one and start it again as it was started: for tests of what the others do meanwhile.
+
+        Raises:
+            ClusterFailed: none of that name was started.
+        """
+        self.named(name).stop()
+        return self.start(name, **json.loads((self._notes / f"{name}.json").read_text())["again"])
+
     def all(self) -> list[Process]:
-        """Every process that was started and not forgotten, alive or not."""
-        return [Process(path.stem, **json.loads(path.read_text())) for path in sorted(self._notes.glob("*.json"))]
+        """Every process that was started, alive or not."""
+        notes = {path.stem: json.loads(path.read_text()) for path in sorted(self._notes.glob("*.json"))}
+        return [Process(name, note["pid"], note["born"]) for name, note in notes.items()]
 
     def named(self, name: str) -> Process:
         """One of them.

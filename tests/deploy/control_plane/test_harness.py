@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.reach import Reach, Refused
+from tools.cluster.api import Api
 from tools.cluster.cluster import ROOT, Cluster
+from tools.cluster.processes import wait_until
 
 TRAINER = """
 apiVersion: batch/v1
@@ -114,6 +116,26 @@ def test_lost_node_becomes_not_ready(control_plane: Reach) -> None:
         control_plane.kubectl("wait", "--for=condition=Ready=Unknown", f"node/{name}", "--timeout=60s")
     finally:
         control_plane.kubectl("delete", "node", name, "--wait=false")
+
+
+def test_what_was_stored_outlives_the_store_and_the_server(control_plane: Reach) -> None:
+    if control_plane.existing or not control_plane.cluster:
+        pytest.skip("a lent cluster's components are not ours to kill")
+    processes = control_plane.cluster.processes
+    with control_plane.fresh_namespace() as namespace:
+        control_plane.apply(namespace, trainer("before", run_seconds="never"))
+        control_plane.wait(namespace, "job/before", "jsonpath={.status.ready}=1")
+        for name in ("etcd", "kube-apiserver"):
+            processes.named(name).stop()
+        with pytest.raises(Refused, match=r"refused|EOF|reset"):
+            control_plane.kubectl("get", "nodes")
+        for name in ("etcd", "kube-apiserver"):
+            processes.restart(name)
+        api = Api(control_plane.kubeconfig)
+        assert wait_until(api.ready, 60)
+        assert control_plane.kubectl("get", "job", "before", "-n", namespace, "-o", "jsonpath={.status.ready}") == "1"
+        control_plane.apply(namespace, trainer("after", run_seconds="0"))
+        control_plane.wait(namespace, "job/after", "condition=Complete")
 
 
 def test_a_killed_session_leaves_no_process(control_plane: Reach, tmp_path: Path) -> None:

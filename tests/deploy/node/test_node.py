@@ -91,6 +91,22 @@ def test_full_pool_pending_and_unhealthy_gpu_is_told(node: Reach, namespace: str
     node.kubectl("wait", "--for=jsonpath={.status.allocatable.nvidia\\.com/gpu}=2", "node/node1", "--timeout=60s")
 
 
+def test_pods_outlive_a_kubelet_and_gpus_come_back(node: Reach, namespace: str) -> None:
+    if node.existing or not node.cluster:
+        pytest.skip("a lent cluster's components are not ours to kill")
+    node.apply(namespace, json.dumps(pod("lasting", gpus=1)))
+    node.wait(namespace, "pod/lasting", "condition=Ready")
+    before = status(node, "pod", "lasting", namespace)["containerStatuses"][0]["containerID"]
+    registered = node.cluster.processes.tail("fake-gpus").count("registered")
+    kubelet = node.cluster.processes.restart("kubelet")
+    # A kubelet starts with no plugin, and until it registers again a pod that asks for a GPU is not admitted.
+    assert wait_until(lambda: node.cluster is not None and node.cluster.processes.tail("fake-gpus").count("registered") > registered, 60)
+    node.apply(namespace, json.dumps(pod("next", gpus=1)))
+    node.wait(namespace, "pod/next", "condition=Ready", seconds=90)
+    after = status(node, "pod", "lasting", namespace)["containerStatuses"][0]
+    assert kubelet.alive and after["containerID"] == before and after["restartCount"] == 0
+
+
 def test_pod_has_names_services_database_volumes_and_is_reached(node: Reach, namespace: str) -> None:
     image = node.load("gateway")[0]
     claim = node.claim(namespace)
