@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,7 +51,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if wanted < 0 or session.config.option.collectonly:
         return
     capture = session.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
+    with capture.global_and_fixture_disabled() if capture else nullcontext():
         for tier, need in NEEDS.items():
             reason = "" if tier > wanted else _lacks(tier, need)
             for above in range(tier, 4) if reason else ():
@@ -77,6 +77,8 @@ def _lacks(tier: int, need: Callable[[Toolbox], Any]) -> str:
     """Why this machine cannot run the tier; empty where it can."""
     if tier == 1 and _existing():
         return ""
+    if tier == 1 and sys.platform != "linux":
+        return "Kubernetes' own programs run on Linux"
     if tier == 2 and (reason := lacking()):
         return reason
     try:

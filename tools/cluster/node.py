@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,11 @@ def lacking() -> str:
         return f"a real node needs {', '.join(missing)}"
     if not os.access(cgroups.MOUNT, os.W_OK):
         return f"a real node needs to write to {cgroups.MOUNT}"
-    return ""
+    # Root of a container may be less than root: what decides is whether the kernel lets it.
+    tried = subprocess.run(
+        ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True, check=False
+    )
+    return f"a real node needs namespaces: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 @dataclass(frozen=True)

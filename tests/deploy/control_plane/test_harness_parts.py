@@ -133,3 +133,17 @@ def test_a_machine_without_tools_says_so_loudly(tmp_path: Path, required: str, c
     assert "fetching aws-cdk" in done.stderr + done.stdout, "what was tried is shown as it happens"
     if not required:
         assert "TIER 1 DID NOT RUN: 1 tests skipped" in done.stdout
+
+
+def test_a_lent_cluster_is_not_installed_on_without_values(tmp_path: Path) -> None:
+    lent = {"ARGOSY_TEST_CLUSTER": "existing", "KUBECONFIG": str(tmp_path / "kubeconfig"), "ARGOSY_CLUSTER_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "tools.cluster", "install"]
+    done = subprocess.run(command, env={**os.environ, **lent}, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("a lent cluster needs VALUES=")
+
+
+def test_status_says_down_of_a_cluster_that_is_not(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.cluster", "status", "--folder", str(tmp_path / "none")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "down\n")
