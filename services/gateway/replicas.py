@@ -444,6 +444,11 @@ class Replicas:
         return not pool.alive and any(link.served.name == pool.name for link in self.links if link.served and link.replica.reachable)
 
     @property
+    def told(self) -> bool:
+        """Whether a cluster has been seen at all."""
+        return self._models is not None
+
+    @property
     def installed(self) -> frozenset[str]:
         """The models that the cluster lists."""
         return self._models or frozenset()

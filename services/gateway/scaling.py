@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from services.chassis.errors import StoreUnavailable
+from services.chassis.errors import NotStarted, StoreUnavailable
 from services.chassis.telemetry import Telemetry
 from services.gateway.demand import Demand, Signal, bare, total
 from services.gateway.replicas import Replicas
@@ -41,7 +41,9 @@ class Scaling:
         self._away = False
 
     def demand(self, model: str) -> Demand | None:
-        """For a model, `models/{m}`; None: it is not installed."""
+        """For a model, `models/{m}`; None: it is not installed. Raises NotStarted while nobody has told what is."""
+        if not self._replicas.told:
+            raise NotStarted()
         found = self._totals.get(model)
         return found if found is not None or model not in self._replicas.installed else Demand()
 

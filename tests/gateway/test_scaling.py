@@ -22,7 +22,7 @@ from services.gateway.store import Store, StoreSettings, open_store
 from tests.fakes.authority import Authority, secret
 from tests.fakes.edge import Edge, chat, edge, events_of, metadata, text_of
 from tests.fakes.engine import fake_engine
-from tests.fakes.kubernetes import Kubernetes, running
+from tests.fakes.kubernetes import Fault, Kubernetes, running
 from tests.faults.test_replicas import reason
 from tests.gateway.test_discovery import listed
 
@@ -46,6 +46,10 @@ async def store(postgres_url: str) -> AsyncIterator[Store]:
 
 @asynccontextmanager
 async def scaler(at: Edge, **how: Any) -> AsyncIterator[Any]:
+    """A stub of the scaler, once the gateway has seen its cluster."""
+    async with asyncio.timeout(20):
+        while not at.replicas.installed:
+            await asyncio.sleep(0.01)
     async with open_channel(at.gate.scaler_address, **how) as channel:
         yield scaler_pb2_grpc.ExternalScalerStub(channel)
 
@@ -124,9 +128,6 @@ async def test_hpa_reads_the_same_numbers_as_metrics(cluster: Kubernetes) -> Non
 
 async def test_a_trigger_is_read_or_refused_by_its_field(cluster: Kubernetes) -> None:
     async with edge(cluster=cluster.client(), reachable=0, scaler_address="127.0.0.1:0") as at, scaler(at) as keda:
-        async with asyncio.timeout(20):
-            while not at.replicas.installed:
-                await asyncio.sleep(0.01)
         (spec,) = (await keda.GetMetricSpec(ref(signal="kv", target="2.5"), timeout=5)).metric_specs
         assert (spec.metric_name, spec.target_size, spec.target_size_float) == ("kv", 3, 2.5)
         wrong = [("signal", "hope"), ("target", "0"), ("target", "many"), ("target", "inf"), ("target", "")]
@@ -138,6 +139,18 @@ async def test_a_trigger_is_read_or_refused_by_its_field(cluster: Kubernetes) ->
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await keda.IsActive(ref(model=model), timeout=5)
             assert error.value.code() is code
+
+
+async def test_before_the_first_view_of_the_cluster_no_model_is_unknown(cluster: Kubernetes) -> None:
+    cluster.fault = lambda method, path: Fault(503)
+    async with (
+        edge(cluster=cluster.client(), reachable=0, scaler_address="127.0.0.1:0") as at,
+        open_channel(at.gate.scaler_address) as channel,
+    ):
+        keda: Any = scaler_pb2_grpc.ExternalScalerStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await keda.IsActive(ref(), timeout=5)
+        assert (error.value.code(), reason(error.value)) == (grpc.StatusCode.UNAVAILABLE, "NOT_STARTED")
 
 
 async def test_the_scaler_asks_for_a_certificate_and_the_public_listener_knows_nothing_of_it(cluster: Kubernetes, tmp_path: Path) -> None:

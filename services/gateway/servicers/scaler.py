@@ -15,7 +15,7 @@ class Demands(Protocol):
     """See scaling.Scaling."""
 
     def demand(self, model: str) -> Demand | None:
-        """What is asked of `models/{m}`; None: it is not installed."""
+        """What is asked of `models/{m}`; None: it is not installed. Raises NotStarted while that is not known."""
         ...
 
     async def changed(self) -> None:
