@@ -22,6 +22,7 @@ PROBE_STEPS = 3  # whose rate narrows a job's quote
 UNMEASURED = 250.0  # tokens/s of 270 M parameters on two cores; scaled by the base's size
 LOADING_SECONDS = 6.0
 MAX_INDEXED = 20_000  # rows, as `nearest.MAX_ROWS`
+LEAST_INDEXED = 65_536  # tokens, as the trainer's `neighbours.LEAST_TOKENS`
 BYTES_PER_WEIGHT = 4
 
 
@@ -74,7 +75,7 @@ def plan(work: Work, epochs: float, batch: int, max_steps: int | None, fraction:
     seen = min(epochs * rows, float(steps * batch))
     each = work.tokens / max(1, work.rows)
     measured = round(each * (work.rows - rows + work.validation_rows))
-    return Plan(rows, steps, round(each * seen), measured, round(each * min(rows, MAX_INDEXED)))
+    return Plan(rows, steps, round(each * seen), measured, round(min(each * min(rows, MAX_INDEXED), max(each * seen, LEAST_INDEXED))))
 
 
 def epochs_for(rows: int) -> float:

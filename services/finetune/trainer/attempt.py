@@ -288,7 +288,9 @@ class Attempt:
         """Store vectors of the rows beside the result; what the manifest promises of them. A private run has none: it would tell."""
         if claim.spec.privacy is not None or claim.spec.lora is None:
             return ""
-        made = neighbours.index(trainer.base, tokenizer, prepared.learnt, claim.spec.seq_len, claim.spec.step_tokens)
+        each = sum(len(example.ids) for example in prepared.train) / len(prepared.train)
+        read = round(each * trainer.done * claim.spec.hyperparameters.batch_size)
+        made = neighbours.index(trainer.base, tokenizer, prepared.learnt, claim.spec.seq_len, claim.spec.step_tokens, read)
         self.objects.put(f"{claim.prefix}result/{nearest.FILE}", made)
         return nearest.promise(made)
 

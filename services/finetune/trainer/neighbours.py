@@ -15,19 +15,32 @@ from services.pretrained.tokenizer import Tokenizer
 
 __all__ = ["chosen", "index", "means"]
 
-
-def chosen(rows: Sequence[tuple[int, Row]]) -> list[tuple[int, Row]]:
-    """Number and row of those that are indexed: all, or the first by digest, in the order of their numbers."""
-    if len(rows) <= MAX_ROWS:
-        return list(rows)
-    return sorted(sorted(rows, key=lambda each: each[1].digest)[:MAX_ROWS], key=lambda each: each[0])
+LEAST_TOKENS = 65_536  # that are read for an index, however short the run was
 
 
-def index(base: Base, tokenizer: Tokenizer, rows: Sequence[tuple[int, Row]], seq_len: int, step_tokens: int) -> bytes:
-    """The index of numbered rows, with the model as it is now. A text longer than `seq_len` is known by its beginning."""
-    picked = chosen(rows)
-    examples = [Example((*tokenizer.prefix, *tokenizer.encode("\n".join(row.said)))[:seq_len], label=0) for _, row in picked]
-    return pack((number for number, _ in picked), means(base, examples, step_tokens))
+def chosen(rows: Sequence[tuple[int, Row]], tokenizer: Tokenizer, seq_len: int, room: int) -> list[tuple[int, Example]]:
+    """Number and text of the rows that are indexed, by number: all, or the first by digest, a sample that no order of theirs decides.
+
+    Args:
+        rows: by number.
+        tokenizer: the base's.
+        seq_len: tokens of a text; a longer one is known by its beginning.
+        room: tokens of all together, so that a short run does not end in a long reading.
+    """
+    found: list[tuple[int, Example]] = []
+    for number, row in sorted(rows, key=lambda each: each[1].digest)[:MAX_ROWS]:
+        example = Example((*tokenizer.prefix, *tokenizer.encode("\n".join(row.said)))[:seq_len], label=0)
+        room -= len(example.ids)
+        if room < 0 and found:
+            break
+        found.append((number, example))
+    return sorted(found, key=lambda each: each[0])
+
+
+def index(base: Base, tokenizer: Tokenizer, rows: Sequence[tuple[int, Row]], seq_len: int, step_tokens: int, read_tokens: int) -> bytes:
+    """The index of numbered rows, with the model as it is now; `read_tokens` is what the run has read of them, as often as it did."""
+    picked = chosen(rows, tokenizer, seq_len, max(LEAST_TOKENS, read_tokens))
+    return pack((number for number, _ in picked), means(base, [example for _, example in picked], step_tokens))
 
 
 def means(base: Base, examples: Sequence[Example], step_tokens: int) -> NDArray[np.float32]:
