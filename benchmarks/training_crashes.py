@@ -214,7 +214,8 @@ async def creates(url: str, runs: int) -> list[object]:
                         try:
                             return str((await there("CreateFineTuneJob", asked)).name)
                         except grpc.aio.AioRpcError as error:
-                            if reason(error) != "REQUEST_IN_FLIGHT":
+                            # Who had no answer asks again, as whoever meets another's call under way.
+                            if reason(error) != "REQUEST_IN_FLIGHT" and error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                                 raise
                             await asyncio.sleep(0.05)
 
