@@ -21,6 +21,7 @@ RIGHTS = Path(__file__).with_name("rights.txt")
 # Fake nodes have no volumes: an object store needs none.
 VALUES = over(PLATFORM, {"global": {"store": {"url": "s3://argosy", "existingClaim": ""}}})
 EVENT_SECONDS = 60
+FOREVER = {"fake.argosy.dev/run-seconds": "never"}  # else a pod on a fake node ends by itself after a while
 RELEASE = "argosy"
 DIGEST = f"localhost/argosy-trainer@sha256:{'ab' * 32}"
 
@@ -112,7 +113,7 @@ def job(**pod: Any) -> Object:
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {"name": pod.pop("name", "ft-0-a1"), "labels": {"app.kubernetes.io/part-of": pod.pop("part_of", "argosy")}},
-        "spec": {"backoffLimit": 0, "template": {"spec": spec | pod}},
+        "spec": {"backoffLimit": 0, "template": {"metadata": {"annotations": FOREVER}, "spec": spec | pod}},
     }
 
 
