@@ -40,8 +40,8 @@ charts: $(STAMP)  ## render the charts: goldens, schemas, refusals
 
 test: $(STAMP) check unit  ## all checks and all tests: what CI runs
 
-unit: $(STAMP)  ## all tests; those of clusters need what docs/adr/0016 lists, or ARGOSY_REQUIRE_TIERS=0,1 fails without it
-	$(BIN)/python -m pytest
+unit: $(STAMP) .venv-vllm/.installed  ## all tests; those of clusters need what docs/adr/0016 lists, or ARGOSY_REQUIRE_TIERS=0,1 fails without it
+	ARGOSY_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest
 
 check: $(STAMP)  ## ruff, mypy, import contracts, buf lint and breaking, stub drift
 	$(BIN)/ruff format --check .
@@ -70,6 +70,7 @@ bench: $(STAMP)  ## the engine against transformers generate(), and its quality
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/vllm_requirements.txt
 	.venv-vllm/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 bench-vllm: $(STAMP) .venv-vllm/.installed  ## the engine against transformers and vLLM's CPU build, in one run

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python -m benchmarks.headlines --headlines FILE
 
 FILE has one headline a line, `text<TAB>class number`. A seeded split by label holds 1,000 out; of the rest a twentieth calibrates the
-temperature, and the others are learnt in one epoch of LoRA r16 on every linear layer of the default model.
+temperature, and the others are learnt with LoRA r16 on every linear layer of the default model, in one epoch if nothing else is said.
 """
 
 import argparse
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="learn from so many only")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--head-learning-rate", type=float)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
@@ -77,7 +78,7 @@ def main() -> None:
     own = Hyperparameters(
         learning_rate=options.learning_rate,
         head_learning_rate=options.head_learning_rate,
-        epochs=1,
+        epochs=options.epochs,
         batch_size=options.batch,
         warmup_ratio=0.06,
     )

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -280,9 +281,13 @@ class ProcessHost(Streaming):
         """Hang up, and see to it that the child is gone."""
         if self._wire is not None:
             self._wire.close()
-        if self._process is not None and not await self._exits(LEAVE_S):
-            self._process.kill()
-            await self._process.wait()
+        if self._process is not None:
+            if not await self._exits(LEAVE_S):
+                self._process.kill()
+                await self._process.wait()
+            if self._settings.kind == "vllm":  # it leads a group of processes that outlive it where it was killed
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
 
     def _post(self, message: ToEngine) -> None:
         if not self._streams and not self._leaving:  # from here on it owes an answer

@@ -556,6 +556,7 @@ def main(settings_json: str, fd: str, parent: str, _build: str) -> int:
     # The socket's end, not a signal, says that the parent is gone: vLLM's own processes must be ended with this one.
     if os.getppid() != int(parent):
         return 0
+    os.setpgid(0, 0)  # vLLM's core does not notice that this process was killed: the host ends the whole group
     ignore_signals()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -112,9 +112,11 @@ async def test_a_killed_engine_leaves_nothing_behind_and_comes_back(vllm: Proces
     family = psutil.Process(vllm.pid).children(recursive=True)
     assert family  # vLLM's core and its workers
     os.kill(vllm.pid, signal.SIGKILL)
+    lost = False
     async with asyncio.timeout(600):
         async for ready in vllm.watch_ready():
-            if ready and vllm.restarted:
+            lost = lost or not ready
+            if lost and ready:
                 break
     gone, alive = psutil.wait_procs(family, timeout=60)
     assert len(gone) == len(family) and not alive
