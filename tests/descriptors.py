@@ -26,12 +26,18 @@ def buf(*arguments: str) -> subprocess.CompletedProcess[bytes]:
 
 
 @functools.cache
-def files() -> dict[str, FileDescriptorProto]:
-    """Our own files by name, public and internal."""
+def compiled() -> dict[str, FileDescriptorProto]:
+    """What stubs are made of, by name: our own files, and the contracts of others that we serve (KEDA's)."""
     built = buf("build", "--as-file-descriptor-set", "-o", "-")
     assert built.returncode == 0, built.stderr.decode()
     found = FileDescriptorSet.FromString(built.stdout).file
     return {file.name: file for file in found if file.name.startswith("argosy")}
+
+
+@functools.cache
+def files() -> dict[str, FileDescriptorProto]:
+    """Our own files by name, public and internal: those whose words are ours to choose."""
+    return {name: file for name, file in compiled().items() if file.package.startswith("argosy.")}
 
 
 @functools.cache
