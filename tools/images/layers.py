@@ -19,6 +19,7 @@ from tools.images.recipes import HOME, ROOT, SITE, SOURCES, USER
 
 __all__ = ["base_layer", "code_layer", "lock_layer", "made"]
 
+KEPT = 2
 FORMAT = 1  # raised when layers are packed in another way
 INSTALL = SOURCES / "install.py"
 OWNERS = {
@@ -45,7 +46,17 @@ def made(
         layer = dataclasses.replace(pack(root, tar, name, OWNERS), components=tuple(components(root) if components else ()))
     record = {"digest": layer.digest, "size": layer.size, "components": list(layer.components)}
     about.write_text(json.dumps(record))
+    _forget(tar, name)
     return layer
+
+
+def _forget(newest: Path, name: str) -> None:
+    """Leave the newest two of a layer: gigabytes would gather, and who goes back and forth needs two."""
+    digest = "[0-9a-f]" * 32
+    found = sorted(newest.parent.glob(f"{name}-{digest}.tar"), key=lambda path: path.stat().st_mtime)
+    for old in found[:-KEPT]:
+        old.with_suffix(".json").unlink(missing_ok=True)
+        old.unlink(missing_ok=True)
 
 
 def base_layer(cache: Path, base: Base) -> Layer:
