@@ -15,7 +15,7 @@ from services.chassis import signing
 from services.chassis.errors import FieldInvalid, GateNotPassed, QuotaExceeded, ResourceNotFound, WrongState
 from services.chassis.lists import PageTokens
 from services.chassis.objects import open_objects
-from services.finetune import publishing, sql_evaluations
+from services.finetune import publishing, sql_charges, sql_evaluations
 from services.finetune.bases import Bases, linear_layers
 from services.finetune.evaluations import Evaluators, Measured, MeasurerDied, ProcessHost
 from services.finetune.examining import Task
@@ -282,3 +282,17 @@ async def test_a_real_process_measures_a_trained_classifier(finetune_url: str, t
 
 def classifier(width: int) -> dict[str, Any]:
     return {"weight": np.zeros((2, width), np.float32), "bias": np.array([1.0, 0.0], np.float32)}
+
+
+async def test_I4_an_evaluation_owes_once_for_the_process_that_ended_it(service: Service) -> None:
+    service.evaluators.nanos_per_second = 1_000_000_000
+    service.host.right = {"candidate": 95, "current": 80, "base": 20}
+    service.host.dies = 1  # what died on the way is ours to pay
+    asked = await service.evaluation(2, HELD)
+    assert await service.evaluators.step()
+    assert await service.evaluators.step()
+    async with service.house.store.transaction() as connection:
+        (owed,) = [row for row in await sql_charges.after(connection, 0, 1_000) if row["work_uid"] == asked.uid]
+    assert (owed["kind"], owed["number"], owed["outcome"], owed["key_id"]) == ("EVALUATION", 1, "DONE", service.house.caller.key_id)
+    assert (owed["model"], owed["version"]) == (NAME, f"{NAME}/versions/2")
+    assert owed["nanos"] == sql_charges.nanos_of(owed["device_seconds"], 1_000_000_000) > 0
