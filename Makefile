@@ -54,6 +54,7 @@ check: $(STAMP)  ## ruff, mypy, import contracts, buf lint and breaking, stub dr
 	$(BIN)/python tools/gen_protos.py --check
 	$(BIN)/python tools/gen_sync_client.py --check
 	$(BIN)/python tools/gen_settings_doc.py --check
+	$(BIN)/python tools/gen_alerts.py --check
 
 protos: $(STAMP)  ## format and lint the protos, regenerate the stubs
 	$(BIN)/buf format -w
