@@ -359,6 +359,7 @@ class Policy:
     request_bytes: int | None = 1 << 20  # a unary request, before it is parsed; None: the wire limit alone
     first_message_s: float = 10.0  # a unary request is waited for this long
     strip: str | None = None  # metadata keys with this prefix are not let in; "x-" at the public edge
+    watches: frozenset[str] = frozenset()  # RPC names that last as long as their caller: a drain does not wait for them
 
     def __post_init__(self) -> None:
         if self.permit is not None and self.authenticate is None:
@@ -376,7 +377,8 @@ def steps(inflight: InFlight, policy: Policy, telemetry: Around | None = None) -
                     check_metadata(incoming)
                     yield
                 return
-            async with inflight.counted(), errors(inflight, incoming, context):
+            watch = incoming.method.rpartition("/")[2] in policy.watches
+            async with _nothing() if watch else inflight.counted(), errors(inflight, incoming, context):
                 check_metadata(incoming)
                 if inflight.draining:
                     raise Draining()

@@ -285,6 +285,7 @@ async def finetune(
             authenticate=lambda incoming, context: (worker if incoming.method.startswith(TRAINING) else behind)(incoming, context),
             permit=permit,
             deadline_cap_s=lambda method: STREAM_SECONDS if method.rsplit("/", 1)[-1] in (*STREAMS, *LONG) else UNARY_SECONDS,
+            watches=frozenset({"WatchVersions", "WatchCharges"}),
         )
         serving = await stack.enter_async_context(
             serve(

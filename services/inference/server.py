@@ -93,6 +93,7 @@ async def replica(
     policy = Policy(
         authenticate=verified(verifier or CallerVerifier(_public_keys(settings.caller_public_keys), AUDIENCE)),
         deadline_cap_s=lambda method: settings.max_stream_seconds if method.rsplit("/", 1)[-1] in LONG else UNARY_SECONDS,
+        watches=frozenset({"WatchLoad"}),
     )
     async with serve(
         settings.listener,

@@ -335,6 +335,17 @@ async def test_F2_a_stalled_reader_does_not_hold_the_drain() -> None:
         assert serving.inflight.count == 0
 
 
+async def test_F2_a_watch_does_not_hold_the_drain_and_is_not_a_cut_call() -> None:
+    """It lasts as long as its caller, so a rollout would take the whole grace for each replica."""
+    policy = Policy(watches=frozenset({"Stream"}))
+    listener = Listener(announce_seconds=0, grace_seconds=600)
+    async with echo({**PLAIN, "Stream": forever}, listener=listener, policy=policy) as serving, calling(serving.address) as caller:
+        (watch,) = await opened(caller, 1)
+        assert serving.inflight.count == 0
+        await asyncio.wait_for(serving.drain(), 20)
+        assert (await failure(rest(watch))).code() is grpc.StatusCode.UNAVAILABLE
+
+
 async def test_F3_double_sigterm() -> None:
     """A minute of announcement and a minute of grace, with a stream open: the second signal ends both, with a status and rc 0."""
     async with peer("serve") as process:
