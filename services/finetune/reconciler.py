@@ -10,7 +10,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -48,8 +48,19 @@ log = logging.getLogger(__name__)
 BATCH = 32  # jobs of one look
 OWNER_SECONDS = 30.0  # of a reconciler not heard from, another takes the jobs
 SWEEP_SECONDS = 10.0  # between looks for orphans
+NO_POD_SECONDS = 10.0  # without a pod, until somebody may have to help
 FORGET_SECONDS = 60.0  # what an attempt waits for is forgotten when nobody has looked for so long
 BACKOFF = 16  # times the first pause at most
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What an attempt waits for: since when, last seen when (seconds of the loop's clock), and whether its job's log says so."""
+
+    waits: Waits
+    since: float
+    seen: float
+    told: bool
 
 
 @dataclass(eq=False)
@@ -64,7 +75,7 @@ class Reconciler:
     clean: Callable[[Record], Awaitable[None]] | None = None  # what an ended attempt left in the object store
     name: str = field(default_factory=lambda: str(uuid4()))
     telemetry: Telemetry = field(default_factory=Telemetry.off)
-    _waits: dict[str, tuple[Waits, float]] = field(default_factory=dict)  # job uid → what its attempt waits for, and when that was seen
+    _waits: dict[str, Waiting] = field(default_factory=dict)  # by job uid
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
 
     def wake(self) -> None:
@@ -164,8 +175,12 @@ class Reconciler:
         """Say in the job's log what it waits for, once for each cause; what the cluster said of it is for the operator alone."""
         clock = asyncio.get_running_loop().time()
         known = self._waits.get(row["uid"])
-        self._waits[row["uid"]] = (waits, clock)
-        if waits is Waits.STARTING or (known is not None and known[0] is waits):
+        if known is None or known.waits is not waits:
+            known = Waiting(waits, clock, clock, told=False)
+        # A pod that is only just being made is no news.
+        news = not known.told and waits is not Waits.STARTING and (waits is not Waits.NO_POD or clock - known.since > NO_POD_SECONDS)
+        self._waits[row["uid"]] = replace(known, seen=clock, told=known.told or news)
+        if not news:
             return
         log.warning("an attempt waits", extra={"job": row["uid"], "attempt": row["attempt"], "waits": waits.value, "why": why})
         async with self.store.transaction() as connection:
@@ -175,8 +190,8 @@ class Reconciler:
 
     def _measure(self) -> None:
         clock = asyncio.get_running_loop().time()
-        self._waits = {uid: each for uid, each in self._waits.items() if clock - each[1] < FORGET_SECONDS}
-        found = Counter(waits for waits, _ in self._waits.values())
+        self._waits = {uid: each for uid, each in self._waits.items() if clock - each.seen < FORGET_SECONDS}
+        found = Counter(each.waits for each in self._waits.values())
         for waits in Waits:
             self.telemetry.record("argosy.attempt.waiting", found[waits], {"argosy.reason": waits.value})
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,25 @@ async def test_A24_the_template_stays_the_operators_and_a_pod_gets_its_own_token
     assert environ["ARGOSY_TLS_CA"] == "/etc/argosy/job/ca.crt"
     assert environ["ARGOSY_TOKEN_FILE"] == "/var/run/secrets/argosy/token"
     assert one.token not in json.dumps(cluster.get("jobs", one.name)), "a derived token has no business here"
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "where"),
+    [("tiny", "base-tiny", "/base/tiny"), ("odd.name", "base-odd-name-1a2b3c4d", "/base/odd.name"), ("none", "", "/base")],
+)
+async def test_the_base_is_found_by_where_it_is_mounted(
+    cluster: Kubernetes, ground: Cluster, tmp_path: Path, name: str, kept: str, where: str
+) -> None:
+    there, one = ground.launcher(None), replace(attempt(), base_model=f"models/{name}")
+    given = template()  # a name that no volume may have is written otherwise by the chart
+    given["spec"]["volumes"].append({"name": "base-odd-name-1a2b3c4d", "emptyDir": {}})
+    given["spec"]["containers"][0]["volumeMounts"].append({"name": "base-odd-name-1a2b3c4d", "mountPath": "/base/odd.name"})
+    (tmp_path / "pool-None.yaml").write_text(json.dumps(given))
+    await there.ensure(one)
+    job = cluster.get("jobs", one.name)
+    bases = {each["name"] for each in job["spec"]["template"]["spec"]["volumes"] if each["name"].startswith("base-")}
+    assert bases == ({kept} if kept else set())
+    assert {each["name"]: each["value"] for each in trainer(job)["env"]}["ARGOSY_BASE_DIRECTORY"] == where
 
 
 async def test_kueues_queue_is_named_and_refused_where_kueue_is_not(cluster: Kubernetes, ground: Cluster) -> None:
@@ -318,7 +338,7 @@ async def test_a_pod_that_is_evicted_is_replaced_inside_its_attempt(cluster: Kub
     await there.ensure(one)
     await until(there, one.name, lambda seen: seen.where is Where.RUNNING)
     cluster.evict(one.name)
-    assert (await until(there, one.name, lambda seen: seen.where is Where.PENDING)).waits is Waits.STARTING
+    assert (await until(there, one.name, lambda seen: seen.waits is Waits.STARTING)).where is Where.PENDING
 
 
 async def test_the_reason_is_the_trainers_one_line(cluster: Kubernetes, ground: Cluster) -> None:

@@ -25,6 +25,7 @@ OWNER, JOB_ID, ATTEMPT, TENANT = "argosy.dev/owner", "argosy.dev/job-id", "argos
 SPEC_HASH: Final = "argosy.dev/spec-hash"
 QUEUE, QUEUE_PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 TOLD, TOKEN = "/etc/argosy/job", "/var/run/secrets/argosy"  # where the owner ConfigMap and the token are mounted
+BASES: Final = "/base"
 TOKEN_SECONDS: Final = 3_600  # the kubelet renews it at 80 % of this
 USER_ERROR: Final = 65
 
@@ -176,7 +177,7 @@ def _pod(attempt: Attempt, terms: Terms, template: Body) -> Body:
     for unwanted in ("name", "namespace", "creationTimestamp"):
         metadata.pop(unwanted, None)
     base = attempt.base_model.removeprefix("models/")
-    _one_base(spec, base)
+    _one_base(spec, trainer, base)
     spec["restartPolicy"] = "Never"
     spec["automountServiceAccountToken"] = False
     spec["enableServiceLinks"] = False
@@ -192,6 +193,8 @@ def _pod(attempt: Attempt, terms: Terms, template: Body) -> Body:
     _put(trainer, "volumeMounts", {"name": "attempt-token", "mountPath": TOKEN, "readOnly": True})
     _put(trainer, "volumeMounts", {"name": "attempt-job", "mountPath": TOLD, "readOnly": True})
     told = {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
         "ARGOSY_TRAINING_ADDRESS": terms.address,
         "ARGOSY_JOB": attempt.job_uid,
         "ARGOSY_ATTEMPT": str(attempt.attempt),
@@ -213,18 +216,16 @@ def _put(holder: Body, key: str, value: Body) -> None:
     holder[key] = [each for each in holder.get(key) or () if each.get("name") != value["name"]] + [value]
 
 
-def _one_base(spec: Body, base: str) -> None:
-    """Keep only this job's base among those that the template can mount (volumes `base-{name}`)."""
-    others = {each["name"] for each in spec.get("volumes") or () if each["name"].startswith("base-")} - {f"base-{base}"}
+def _one_base(spec: Body, trainer: Body, base: str) -> None:
+    """Keep only this job's base among those that the template mounts at /base/{name}, from volumes whose names begin with `base-`."""
+    ours = {each["name"] for each in trainer.get("volumeMounts") or () if each["mountPath"] == f"{BASES}/{base}"}
+    others = {each["name"] for each in spec.get("volumes") or () if each["name"].startswith("base-")} - ours
     spec["volumes"] = [each for each in spec.get("volumes") or () if each["name"] not in others]
     for container in [*spec["containers"], *(spec.get("initContainers") or ())]:
         container["volumeMounts"] = [each for each in container.get("volumeMounts") or () if each["name"] not in others]
 
 
 def _base_directory(trainer: Body, base: str) -> str:
-    """Where the template mounts the base; /base where it has none of its own for it, as an image that holds the weights."""
-    mounts = {each["name"]: each["mountPath"] for each in trainer.get("volumeMounts") or ()}
-    for name in (f"base-{base}", "base"):
-        if name in mounts:
-            return str(mounts[name])
-    return "/base"
+    """Where the template mounts the base; /base itself where it has no place of its own, as in an image that holds the weights."""
+    own = f"{BASES}/{base}"
+    return own if any(each["mountPath"] == own for each in trainer.get("volumeMounts") or ()) else BASES

@@ -63,6 +63,18 @@ def test_a_service_that_restarts_is_waited_for(service):
     control.close()
 
 
+def test_a_token_that_is_renewed_in_its_file_is_shown_from_then_on(service, tmp_path):
+    file = tmp_path / "token"
+    file.write_text("an old one")
+    with serving(service) as port:
+        control = WireControl(f"127.0.0.1:{port}", world.JOB, 1, file, patience_s=0.0)
+        with pytest.raises(Fenced):
+            control.claim()
+        file.write_text(TOKEN + "\n")
+        assert control.claim().fence == 1
+        control.close()
+
+
 def test_patience_ends(control, service):
     control.claim()
     service.refusal = grpc.StatusCode.UNAVAILABLE
