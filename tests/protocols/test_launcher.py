@@ -37,7 +37,7 @@ class Processes:
     async def starts(self, name: str) -> int:
         ran = self._folder / "runs" / name / "ran"
         async with asyncio.timeout(60):
-            while not ran.exists():  # a process runs a moment before its program does
+            while not ran.exists() or not ran.read_text():  # a process runs a moment before its program does
                 await asyncio.sleep(0.02)
         return len(ran.read_text())
 
