@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ class Processes:
                 start_new_session=True,  # Ctrl-C in a test run does not reach it
                 cwd="/",
             )
-        _children_of_ours.append(started)
+        # Somebody must bury it if it dies while we live; nobody waits for it if it does not.
+        threading.Thread(target=started.wait, name=f"buries {name}", daemon=True).start()
         pid = started.pid
         if enters:
             children = Path(f"/proc/{pid}/task/{pid}/children")
@@ -135,9 +137,6 @@ class Processes:
             raise ClusterFailed(f"{culprit} {state}; the end of {self.log(culprit)}:\n{self.tail(culprit)}")
 
 
-_children_of_ours: list["subprocess.Popen[bytes]"] = []  # kept, or a collected one would warn about the process it leaves running
-
-
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     """Whether the condition came true in time."""
     deadline = time.monotonic() + seconds
@@ -149,9 +148,6 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _born(pid: int) -> str:
-    for child in _children_of_ours:
-        if child.pid == pid:
-            child.poll()  # buries it, if it is ours and dead
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
