@@ -22,11 +22,11 @@ from typing import Self
 from uuid import uuid4
 
 from benchmarks.record import header, table
+from services.chassis.cluster import Api, connect
 from services.chassis.errors import StoreUnavailable
 from services.finetune import crash, reconciler, sql_jobs
 from services.finetune.jobs import State, Where, attempt_name
-from services.finetune.launchers.cluster import ClusterLauncher, Place, connect
-from services.finetune.launchers.cluster_api import Api
+from services.finetune.launchers.cluster import ClusterLauncher, Place
 from services.finetune.launchers.job_manifest import Terms
 from services.finetune.launchers.local import LocalLauncher
 from services.finetune.queries import Record

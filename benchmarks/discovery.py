@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from benchmarks.record import header, percentile, spread, table
-from services.gateway.discovery import Discovery, connect
+from services.chassis.cluster import connect
+from services.gateway.discovery import Discovery
 from services.gateway.endpoints import LABELS, View
 from tests.fakes.edge import edge
 from tests.fakes.engine import fake_engine

@@ -19,6 +19,7 @@ from argosy.v1 import dataset_pb2_grpc, finetune_pb2_grpc, model_pb2_grpc
 from argosy_internal.registry.v1 import registry_pb2_grpc
 from argosy_internal.training.v1 import training_pb2_grpc
 from services.chassis import signing
+from services.chassis.cluster import Api, connect
 from services.chassis.errors import ScopeMissing
 from services.chassis.identity import Caller, CallerVerifier
 from services.chassis.interceptors import Policy, verified
@@ -34,8 +35,7 @@ from services.finetune.feed import following
 from services.finetune.hosts import credentials
 from services.finetune.job_erasure import JobDependants
 from services.finetune.jobs import Launcher
-from services.finetune.launchers.cluster import ClusterLauncher, Place, connect
-from services.finetune.launchers.cluster_api import Api
+from services.finetune.launchers.cluster import ClusterLauncher, Place
 from services.finetune.launchers.job_manifest import Terms
 from services.finetune.launchers.local import LocalLauncher
 from services.finetune.lineage import Signer
@@ -278,7 +278,11 @@ async def finetune(
         ]
         for work in (validators.run, eraser.run, evaluators.run, partial(publishing.sweeping, store, objects)):
             await stack.enter_async_context(_working(work))
-        api = Api(cluster or connect()) if settings.jobs.launcher == "cluster" and launcher is None else None
+        api = (
+            Api(cluster or connect("attempts are to run in a cluster"))
+            if settings.jobs.launcher == "cluster" and launcher is None
+            else None
+        )
         tokens: Tokens = mint if api is None else TokenReviews(api, _place(settings.jobs).namespaces)
         worker = training.bearer(tokens)
         policy = Policy(

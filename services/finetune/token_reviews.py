@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.chassis.cluster import Api, Refused
 from services.chassis.errors import StoreUnavailable
 from services.chassis.listwatch import Expired, Unreachable
 from services.finetune.jobs import attempt_name
-from services.finetune.launchers.cluster_api import Api, Refused
 from services.finetune.launchers.job_manifest import audience, whose
 
 __all__ = ["NOBODY", "Reviewed", "TokenReviews"]

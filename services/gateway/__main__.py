@@ -18,8 +18,8 @@ import uvloop
 from services.chassis import settings as environment
 from services.chassis.certificates import CertificateRefused
 from services.chassis.channel import PlaintextRefused, is_local
+from services.chassis.cluster import NoCluster
 from services.chassis.telemetry import Telemetry, TelemetrySettings, configure_logs
-from services.gateway.discovery import NoCluster
 from services.gateway.server import gateway, secret
 from services.gateway.settings import GatewaySettings
 from services.gateway.sql_ledger import LedgerSettings

@@ -18,6 +18,7 @@ from argosy.admin.v1 import api_key_pb2, project_pb2, quota_pb2, usage_pb2
 from argosy.v1 import embedding_pb2, explanation_pb2, generation_pb2, language_pb2
 from argosy_internal.scaler.v1 import scaler_pb2
 from services.chassis.certificates import Certificates
+from services.chassis.cluster import connect
 from services.chassis.errors import ServiceError
 from services.chassis.identity import Caller, CallerSigner
 from services.chassis.interceptors import Authenticate, Incoming, Policy
@@ -26,7 +27,7 @@ from services.chassis.server import Serving, public, serve
 from services.chassis.telemetry import Telemetry
 from services.gateway.authentication import authenticating, deadline_cap_s, permit
 from services.gateway.charges import Billing
-from services.gateway.discovery import Discovery, connect
+from services.gateway.discovery import Discovery
 from services.gateway.finetune import FineTune
 from services.gateway.gauges import Spooling, measure
 from services.gateway.keys import PEPPER_BYTES
@@ -108,7 +109,7 @@ async def running(
     """Serve until left; leaving drains, settles every call and closes the replicas' channels.
 
     `administration` are argosy.admin.v1's services; without `jobs` nothing that finetune runs is settled or bounded. `cluster` is the API
-    that lists the replicas (discovery.connect), for settings that name namespaces; `demand` is where gateways then tell each other what is
+    that lists the replicas (cluster.connect), for settings that name namespaces; `demand` is where gateways then tell each other what is
     asked of models. Health says SERVING while a replica can be reached, or
     the cluster says that there is none to be reached.
     """
@@ -231,11 +232,11 @@ async def _scaled(settings: GatewaySettings, scaling: Scaling, telemetry: Teleme
 
 @asynccontextmanager
 async def _following(settings: GatewaySettings, cluster: Any, replicas: Replicas, telemetry: Telemetry) -> AsyncIterator[None]:
-    """Have the replicas that the cluster lists, where one is to be asked. Raises discovery.NoCluster."""
+    """Have the replicas that the cluster lists, where one is to be asked. Raises cluster.NoCluster."""
     if not settings.model_namespaces:
         yield
         return
-    api = cluster or await asyncio.to_thread(connect)
+    api = cluster or await asyncio.to_thread(connect, "model namespaces are set")
     discovery = Discovery(settings.model_namespaces, api, gpu_health=settings.gpu_health, telemetry=telemetry)
     async with discovery.following(replicas.follow):
         yield

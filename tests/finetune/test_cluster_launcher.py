@@ -262,7 +262,7 @@ async def test_F20_after_a_429_nobody_asks_before_the_time_it_named(cluster: Kub
 async def test_R10_a_silent_server_is_given_up_in_bounded_time(
     cluster: Kubernetes, ground: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.finetune.launchers.cluster_api.ANSWER_S", 0.2)
+    monkeypatch.setattr("services.chassis.cluster.ANSWER_S", 0.2)
     there, one = ground.launcher(None), attempt()
     await fresh(there)
     cluster.fault = on("PATCH", "/jobs/", Fault(silent_s=30), times=1)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from services.chassis.cluster import NoCluster, connect
 from services.chassis.errors import NotStarted
-from services.gateway.discovery import Discovery, NoCluster, connect
+from services.gateway.discovery import Discovery
 from services.gateway.endpoints import LABELS, View
 from tests.fakes.edge import Edge, chat, edge, events_of, metadata, text_of
 from tests.fakes.engine import FakeEngine, fake_engine
@@ -152,8 +153,8 @@ async def test_a_view_waits_for_every_namespace(cluster: Kubernetes) -> None:
 
 async def test_F21_a_silent_api_server_is_asked_again(cluster: Kubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A watch whose other end is gone says nothing at all; a list that is not answered neither."""
-    monkeypatch.setattr("services.gateway.discovery.SILENCE_S", 0.4)  # the fake's bookmarks come once a second
-    monkeypatch.setattr("services.gateway.discovery.ANSWER_S", 0.4)
+    monkeypatch.setattr("services.chassis.cluster.SILENCE_S", 0.4)  # the fake's bookmarks come once a second
+    monkeypatch.setattr("services.chassis.cluster.ANSWER_S", 0.4)
     async with fake_engine(["one"]) as one, edge(cluster=cluster.client(), reachable=0) as at:
         cluster.hears = False
         listed(cluster, one)
@@ -171,4 +172,4 @@ def test_no_cluster_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(NoCluster, match="model namespaces are set, but there is no cluster to ask"):
-        connect()
+        connect("model namespaces are set")

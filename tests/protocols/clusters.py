@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from services.chassis.cluster import Api
 from services.finetune.launchers.cluster import ClusterLauncher, Place
-from services.finetune.launchers.cluster_api import Api
 from services.finetune.launchers.job_manifest import Terms
 
 NOTE = "fake.argosy.dev/"

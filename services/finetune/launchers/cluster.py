@@ -12,18 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 
+from services.chassis.cluster import Api, Body, Feed, Refused
 from services.chassis.listwatch import Expired, Unreachable
 from services.finetune.jobs import Attempt, LauncherUnavailable, NameTaken, Seen, Waits, Where
 from services.finetune.launchers import job_manifest
-from services.finetune.launchers.cluster_api import Api, Body, Feed, Refused
 from services.finetune.launchers.job_manifest import NAME, OWNER, TemplateUnfit, Terms, owner_name
 from services.finetune.launchers.sight import finished, seen_in
 
-__all__ = ["ClusterLauncher", "NoCluster", "Place", "connect"]
+__all__ = ["ClusterLauncher", "Place"]
 
 log = logging.getLogger(__name__)
 
@@ -33,31 +33,6 @@ JOBS, JOB_SETS = "/apis/batch/v1/namespaces/{0}/jobs", "/apis/jobset.x-k8s.io/v1
 PODS, CONFIG_MAPS = "/api/v1/namespaces/{0}/pods", "/api/v1/namespaces/{0}/configmaps"
 KUEUE, JOB_SET = "/apis/kueue.x-k8s.io", "/apis/jobset.x-k8s.io/v1alpha2"
 JOB_NAMES = ("batch.kubernetes.io/job-name", "jobset.sigs.k8s.io/jobset-name")  # labels of a pod
-
-
-class NoCluster(ValueError):
-    """No cluster to ask: not inside one, and no kubeconfig that works."""
-
-
-def connect() -> Any:
-    """A kubernetes.client.ApiClient of the cluster this process runs in, else of the one KUBECONFIG names.
-
-    Raises:
-        NoCluster: there is neither.
-    """
-    from kubernetes import client, config  # half a second, and only for those who have a cluster
-
-    settings = client.Configuration()
-    try:
-        try:
-            config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
-        except config.ConfigException:
-            config.load_kube_config(client_configuration=settings)  # type: ignore[no-untyped-call]
-    except (config.ConfigException, OSError) as error:
-        raise NoCluster(f"attempts are to run in a cluster, but there is none to ask: {error}") from error
-    settings.retries = 0  # its own would hide an outage, and hammer (R10)
-    settings.connection_pool_maxsize = 16
-    return client.ApiClient(settings)
 
 
 @dataclass(frozen=True)

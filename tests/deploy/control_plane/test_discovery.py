@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from services.gateway.discovery import Discovery, connect
+from services.chassis.cluster import connect
+from services.gateway.discovery import Discovery
 from services.gateway.endpoints import View
 from tests.deploy.reach import Reach
 from tests.faults.proxy import fault_proxy

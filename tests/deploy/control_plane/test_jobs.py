@@ -15,9 +15,10 @@ from uuid import uuid4
 import pytest
 from kubernetes import client
 
+from services.chassis import cluster as cluster_api
+from services.chassis.cluster import Api
 from services.finetune.jobs import Attempt, Launcher, LauncherUnavailable, NameTaken, Seen, Waits, Where
-from services.finetune.launchers import cluster_api, sight
-from services.finetune.launchers.cluster_api import Api
+from services.finetune.launchers import sight
 from services.finetune.launchers.job_manifest import audience
 from services.finetune.token_reviews import NOBODY, TokenReviews
 from tests.deploy.control_plane.grounds import api_client, items

@@ -1,9 +1,13 @@
-"""The cluster's API as this service asks it: JSON in and out, every request bounded, every refusal named. Blocking: for threads."""
+"""The cluster's API as services ask it: JSON in and out, every request bounded, every refusal named. Blocking: for threads.
+
+The only module that knows the kubernetes package, of which it uses the way in: certificates, tokens that change, the connection pool.
+"""
 
 import contextlib
 import json
+import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
@@ -12,7 +16,9 @@ import urllib3
 
 from services.chassis.listwatch import Event, Expired, Freshness, Kind, Pace, Unreachable, follow
 
-__all__ = ["Api", "Feed", "Refused"]
+__all__ = ["Api", "Body", "Feed", "NoCluster", "Refused", "connect"]
+
+log = logging.getLogger(__name__)
 
 Body = dict[str, Any]
 Query = Sequence[tuple[str, str]]
@@ -23,6 +29,34 @@ SILENCE_S = 53.0  # of a watch whose other end is gone
 CHUNK = 65_536
 SAID = 300  # characters of a refusal that are kept
 AWAY = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class NoCluster(ValueError):
+    """No cluster to ask: not inside one, and no kubeconfig that works."""
+
+
+def connect(why: str = "a cluster is needed") -> Any:
+    """A kubernetes.client.ApiClient of the cluster this process runs in, else of the one KUBECONFIG names.
+
+    Args:
+        why: what a cluster is needed for, to begin the sentence of the error.
+
+    Raises:
+        NoCluster: there is neither.
+    """
+    from kubernetes import client, config  # half a second, and only for those who have a cluster
+
+    settings = client.Configuration()
+    try:
+        try:
+            config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
+        except config.ConfigException:
+            config.load_kube_config(client_configuration=settings)  # type: ignore[no-untyped-call]
+    except (config.ConfigException, OSError) as error:
+        raise NoCluster(f"{why}, but there is no cluster to ask: {error}") from error
+    settings.retries = 0  # its own would hide an outage, and hammer (R10)
+    settings.connection_pool_maxsize = 16
+    return client.ApiClient(settings)
 
 
 class Refused(Exception):
@@ -105,34 +139,48 @@ class Api:
         except (urllib3.exceptions.HTTPError, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise Unreachable(f"{type(error).__name__}: {error}"[:SAID]) from error
 
+    def close(self) -> None:
+        """Close the connections."""
+        self.client.rest_client.pool_manager.clear()
+
 
 @dataclass(eq=False)
 class Feed:
-    """The objects of one kind in one namespace that a label marks, followed on a thread. `view` is a snapshot."""
+    """The objects of one kind in one namespace that a label may mark, followed on a thread. `view` is a snapshot."""
 
     api: Api
     path: str  # of the collection
-    selector: str
+    selector: str = ""
+    changed: Callable[[], None] = lambda: None  # called on the thread with each new view in place
     fresh: Freshness = field(default_factory=Freshness)
     view: Mapping[str, Body] = field(default_factory=dict)  # by uid
+    listed: bool = False  # whether there is a view at all
     _stopped: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
     _open: Any = None  # the response that a watch reads
 
     def start(self) -> None:
         """Follow until `stop`."""
-        threading.Thread(target=self._run, name=f"watch {self.path}", daemon=True).start()
+        # A daemon: a read that waits for a silent server must not hold up the exit.
+        self._thread = threading.Thread(target=self._run, name=f"watch {self.what}", daemon=True)
+        self._thread.start()
 
-    def stop(self) -> None:
-        """End, a watch that waits included; does not wait for it."""
+    def stop(self, within_s: float = 0.0) -> bool:
+        """End, a watch that waits included, waiting for it `within_s`; whether it has ended. Safe to repeat."""
         self._stopped.set()
         if (response := self._open) is not None:
-            with contextlib.suppress(ValueError, OSError, AttributeError):  # it ended meanwhile
+            with contextlib.suppress(ValueError, RuntimeError, OSError, AttributeError):  # it ended meanwhile
                 response.shutdown()
+        if self._thread is None:
+            return True
+        self._thread.join(within_s)
+        return not self._thread.is_alive()
 
     @property
-    def listed(self) -> bool:
-        """Whether there is a view at all."""
-        return self.fresh.age_s is not None
+    def what(self) -> str:
+        """For an operator."""
+        *_, namespace, kind = self.path.split("/")
+        return f"{kind} in {namespace}"
 
     def _run(self) -> None:
         follow(
@@ -140,22 +188,39 @@ class Feed:
             self._watch,
             self._seen,
             stopped=self._stopped,
-            heard=self.fresh.heard,
-            failed=self.fresh.failed,
+            heard=self._heard,
+            failed=self._failed,
             pace=self.api.pace,
         )
 
     def _seen(self, view: Mapping[str, Body]) -> None:
-        self.view = dict(view)
+        self.view, self.listed = dict(view), True
+        self.changed()
+
+    def _heard(self) -> None:
+        if self.fresh.trouble:
+            log.info("%s can be read again", self.what)
+        self.fresh.heard()
+
+    def _failed(self, error: Exception) -> None:
+        if self._stopped.is_set():
+            return  # we cut it off ourselves
+        if str(error) != self.fresh.trouble:
+            log.warning("%s cannot be read: %s; what was last seen stays", self.what, error)
+        self.fresh.failed(error)
+
+    @property
+    def _marked(self) -> Query:
+        return (("labelSelector", self.selector),) if self.selector else ()
 
     def _list(self) -> tuple[dict[str, Body], str]:
-        with _told(), self.api.open("GET", self.path, (("labelSelector", self.selector),), None, ANSWER_S, "") as response:
+        with _told(), self.api.open("GET", self.path, self._marked, None, ANSWER_S, "") as response:
             found = json.loads(response.data)
         return {each["metadata"]["uid"]: each for each in found.get("items") or ()}, found["metadata"]["resourceVersion"]
 
     def _watch(self, version: str) -> Iterator[Event[Body]]:
         query = (
-            ("labelSelector", self.selector), ("watch", "true"), ("resourceVersion", version), ("allowWatchBookmarks", "true"),
+            *self._marked, ("watch", "true"), ("resourceVersion", version), ("allowWatchBookmarks", "true"),
             ("timeoutSeconds", str(WATCH_S)),
         )  # fmt: skip
         with _told(), self.api.open("GET", self.path, query, None, SILENCE_S, "") as response:
@@ -173,11 +238,13 @@ class Feed:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """To one who follows, a refusal is an outage: rights may be given back."""
+    """To one who follows, a refusal is an outage: rights may be given back. So is what no cluster would say."""
     try:
         yield
     except Refused as error:
         raise Unreachable(str(error)) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise Unreachable(f"not an answer of a cluster: {type(error).__name__}") from error
 
 
 def _lines(response: Any) -> Iterator[bytes]:
