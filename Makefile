@@ -88,7 +88,7 @@ bench-tune: $(STAMP)  ## training against transformers and TRL, checkpoints, upl
 	  printf '\n## %s\n' "$$what" && $(BIN)/python -m benchmarks.$$what || exit 1; done
 
 images: $(STAMP)  ## every image without a container daemon, into ~/.cache/argosy/images
-	$(BIN)/python -m tools.images build gateway finetune inference trainer weights pause
+	$(BIN)/python -m tools.images build gateway finetune inference trainer weights
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .venv-* build .mypy_cache .ruff_cache .pytest_cache

@@ -1,6 +1,6 @@
 """`python -m tools.images build NAME... [--out DIR]` packs images; `lock` renews the locks they are made from.
 
-NAME is gateway, finetune, inference, trainer, weights or pause. Inference and trainer come with the CPU's torch, whose wheel
+NAME is gateway, finetune, inference, trainer or weights. Inference and trainer come with the CPU's torch, whose wheel
 PIP_FIND_LINKS holds; `--torch cuda` takes the index's. Each image is one line of JSON on stdout.
 """
 
@@ -16,7 +16,7 @@ from tools.images.build import build
 from tools.images.lock import lock_all
 from tools.images.recipes import IMAGES, ROOT
 
-NAMES = ("gateway", "finetune", "inference", "trainer", "weights", "pause")
+NAMES = ("gateway", "finetune", "inference", "trainer", "weights")
 HINT = "The wheel of torch-cpu.lock is in no index: PIP_FIND_LINKS names the folder that has it."
 
 

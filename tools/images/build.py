@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +12,11 @@ from tools.images import layers
 from tools.images.archive import Layer, write
 from tools.images.bill import bill
 from tools.images.debian import base
-from tools.images.recipes import ENVIRONMENT, IMAGES, SOURCES, USER
+from tools.images.recipes import ENVIRONMENT, IMAGES, USER
 
-__all__ = ["Built", "build", "pause", "service", "weights"]
+__all__ = ["Built", "build", "service", "weights"]
 
 REGISTRY = "localhost"
-PAUSE_VERSION = "1"
-# musl or glibc, no build id: the same compiler makes the same bytes.
-PAUSE_FLAGS = ("-static", "-Os", "-s", "-Wl,--build-id=none")
 
 
 @dataclass(frozen=True)
@@ -47,9 +42,7 @@ class Built:
 
 
 def build(name: str, out: Path, cache: Path, version: str) -> Built:
-    """The image `name`: a service of recipes.py, `pause` or `weights`."""
-    if name == "pause":
-        return pause(out, cache)
+    """The image `name`: a service of recipes.py, or `weights`."""
     if name == "weights":
         return weights("default", out, cache, version)
     return service(name, out, cache, version)
@@ -92,20 +85,6 @@ def _linked(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def pause(out: Path, cache: Path) -> Built:
-    """The sandbox of a pod: one static program."""
-    source = SOURCES / "pause.c"
-    found = next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)
-    compiler = [found] if found else [sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-linux-musl"]
-    said = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
-
-    def fill(root: Path) -> None:
-        subprocess.run([*compiler, *PAUSE_FLAGS, source, "-o", root / "pause"], check=True)
-
-    made = layers.made(cache, "pause", said + source.read_bytes() + " ".join(PAUSE_FLAGS).encode(), fill)
-    return _written("pause", PAUSE_VERSION, out, [made], {"Entrypoint": ["/pause"], "User": f"{USER}:{USER}", "WorkingDir": "/"})
 
 
 def _written(

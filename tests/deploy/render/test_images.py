@@ -5,8 +5,6 @@ import io
 import json
 import os
 import re
-import signal
-import subprocess
 import tarfile
 import tomllib
 from collections.abc import Iterator
@@ -15,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tools.images.archive import Layer, Owner, pack, write
-from tools.images.build import pause
 from tools.images.lock import pins
 from tools.images.recipes import ENVIRONMENT, IMAGES, LOCKS, ROOT, SOURCES, USER
 
@@ -164,15 +161,3 @@ def test_an_archive_is_an_oci_layout_and_a_docker_archive(tmp_path: Path) -> Non
     assert set(docker["Layers"]) | {docker["Config"]} <= set(files)
     with tarfile.open(fileobj=io.BytesIO(files[docker["Layers"][1]])) as top:
         assert {member.name for member in top} == {"a", "b", "b/run", "c"}
-
-
-def test_pause_is_built_equal_twice_and_leaves_on_sigterm(tmp_path: Path) -> None:
-    built = [pause(tmp_path / str(number), tmp_path / f"cache{number}") for number in range(2)]
-    assert built[0].digest == built[1].digest
-    assert built[0].reference == "localhost/pause:1"
-    assert built[0].size < 2_000_000
-    with tarfile.open(built[0].layers[0].path) as tar:
-        tar.extractall(tmp_path, filter="data")
-    running = subprocess.Popen([tmp_path / "pause"])
-    running.send_signal(signal.SIGTERM)
-    assert running.wait(10) in (0, -signal.SIGTERM)  # at once: the second, if the signal came before it was blocked
