@@ -86,6 +86,7 @@ def main() -> None:
     base = load(directory, torch.device("cpu"))
     trainer = Trainer(spec, base, examples(learnt), examples(kept))
     print(f"\n{len(learnt)} learnt, {len(kept)} to calibrate, {len(held)} held out; {trainer.target} steps", flush=True)
+    unseen = examples(held)
     began, used, tokens, shown = time.perf_counter(), time.process_time(), 0, 0.0
     while trainer.done < trainer.target:
         step = trainer.step()
@@ -94,12 +95,16 @@ def main() -> None:
         if step.number % 25 == 0:
             print(f"step {step.number}: loss {shown / 25:.4f}, {tokens / (time.perf_counter() - began):.0f} tokens/s", flush=True)
             shown = 0.0
+        if step.number % trainer.per_epoch == 0 and trainer.done < trainer.target:
+            met = trainer.evaluate(unseen)
+            assert met.logits is not None
+            told = torch.tensor([example.label for example in unseen])
+            print(f"epoch {step.number // trainer.per_epoch}: {measures.accuracy(met.logits, told):.4f} of the held out", flush=True)
     wall, cpu = time.perf_counter() - began, time.process_time() - used
     validation = trainer.evaluate()
     assert validation.logits is not None
     wanted = torch.tensor([example.label for example in trainer.validation])
     heat = measures.temperature(validation.logits, wanted)
-    unseen = examples(held)
     began = time.perf_counter()
     measured = trainer.evaluate(unseen)
     took = time.perf_counter() - began

@@ -209,7 +209,7 @@ def test_each_text_holds_its_length_in_bytes(name: str, field: str) -> None:
 @pytest.mark.parametrize(("name", "field"), with_rule("size"))
 def test_each_chunk_holds_its_size(name: str, field: str) -> None:
     least, most = BOUNDS[name][field]["size"]
-    for size, fine in [(least, True), (most, True), (least - 1, False), (most + 1, False)]:
+    for size, fine in [(least, True), (most, True), (most + 1, False), *([(least - 1, False)] if least else [])]:
         message, _, _ = clear(name, field)
         setattr(message, field, b"\0" * size)
         if fine:

@@ -619,7 +619,7 @@ class FindNearestRequest(_message.Message):
     version: _builtins.str
     """Resource name of the version; 1..512 bytes. Required."""
     vector: _builtins.bytes
-    """The text as the version embeds it: little-endian float32; ≤65,536 bytes. Empty: only whether it can be asked."""
+    """The text as the version embeds it: little-endian float32; 0..65,536 bytes. Empty: only whether it can be asked."""
     top_k: _builtins.int
     """Rows returned, nearest first; 0..50. Unset: 0, none."""
     def __init__(
