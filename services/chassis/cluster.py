@@ -6,6 +6,7 @@ The only module that knows the kubernetes package, of which it uses the way in: 
 import contextlib
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,8 @@ def connect(why: str = "a cluster is needed") -> Any:
         try:
             config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
         except config.ConfigException:
-            config.load_kube_config(client_configuration=settings)  # type: ignore[no-untyped-call]
+            # Named here: the package reads the variable once, when it is first imported.
+            config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)  # type: ignore[no-untyped-call]
     except (config.ConfigException, OSError) as error:
         raise NoCluster(f"{why}, but there is no cluster to ask: {error}") from error
     settings.retries = 0  # its own would hide an outage, and hammer (R10)
