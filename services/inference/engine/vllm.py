@@ -237,14 +237,14 @@ class Engine:
             case Generate() | Score():
                 self._begin(message)
             case Embed() | Label():
-                self._say(Done(message.id, Usage(0, 0, 0), Timings(0.0, 0.0, 0.0), "unsupported"))
+                self._say(_nothing(message.id, "unsupported"))
             case Weigh():
-                self._say(Weighed(message.id, error="unsupported"), Done(message.id, Usage(0, 0, 0), Timings(0.0, 0.0, 0.0), "unsupported"))
+                self._say(Weighed(message.id, error="unsupported"), _nothing(message.id, "unsupported"))
             case Prefetch():
                 self._say(AdapterReady(message.id, message.digest, error="no_adapters"))
-                self._say(Done(message.id, Usage(0, 0, 0), Timings(0.0, 0.0, 0.0), "no_adapters"))
+                self._say(_nothing(message.id, "no_adapters"))
             case Evict():
-                self._say(Done(message.id, Usage(0, 0, 0), Timings(0.0, 0.0, 0.0)))  # none is here
+                self._say(_nothing(message.id))  # none is here
             case Stop(id=id, index=index):
                 if (live := self._lives.get(id)) is not None and isinstance(live.call, Generate):
                     self._cut(live, FinishReason.STOPPED, index)
@@ -299,7 +299,7 @@ class Engine:
         if word is not None:
             if isinstance(call, Generate):
                 self._say(*(Ended(call.id, index, FinishReason.ERROR) for index in range(min(call.outputs, MOST_OUTPUTS))))
-            self._say(Done(call.id, Usage(0, 0, 0), Timings(0.0, 0.0, 0.0), word))
+            self._say(_nothing(call.id, word))
             return
         loop = asyncio.get_running_loop()
         live = self._lives[call.id] = Live(call, loop.time())
@@ -442,6 +442,11 @@ class Engine:
     def _flush(self) -> None:
         events, self._events = self._events, []
         self._send(events)
+
+
+def _nothing(id: str, error: str | None = None) -> Done:
+    """The end of a call for which nothing was computed."""
+    return Done(id, Usage(0, 0, 0), Timings(0.0, 0.0, 0.0), error)
 
 
 def _turns(wanted: Mapping[tuple[int, ...], tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...] | None]]:
