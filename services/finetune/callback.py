@@ -39,7 +39,7 @@ CONNECTIONS = 64  # at once; more are turned away
 RELOAD_SECONDS = 10.0  # between looks for a renewed certificate
 METRICS = 64  # of one post; the rest is left out
 LARGEST = 1e9  # either way, as in every other report
-QUIET = timedelta(seconds=1)  # posts closer together than that write nothing, but for the last
+QUIET = timedelta(seconds=1)  # posts closer than that to what was written write nothing, but for the first and the last
 RUNNING = frozenset({State.RUNNING, State.PAUSING, State.CANCELLING})
 PATH = re.compile(r"/jobs/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/attempts/([1-9][0-9]{0,6})/status")
 TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{16,6000}")  # derived ones and a cluster's
@@ -61,6 +61,11 @@ class Status:
     epoch: float | None = None
     remaining_s: float | None = None
     metrics: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def first(self) -> bool:
+        """Whether it says that training begins: the only post that counts no step."""
+        return self.percent == 0 and self.step is None
 
     @property
     def last(self) -> bool:
@@ -141,7 +146,8 @@ class Callback:
             if State(row["state"]) not in RUNNING:
                 return False
             now = await sql_jobs.now(connection)
-            if not status.last and row["progress_time"] is not None and now - row["progress_time"] < QUIET:
+            seen = row["progress_time"]  # of a post or of the wrapper's report
+            if not status.first and not status.last and seen is not None and now - seen < QUIET:
                 return True
             step, target = status.place(row["step"])
             ends = None if status.remaining_s is None or status.last else now + timedelta(seconds=status.remaining_s)

@@ -189,6 +189,22 @@ async def test_posts_become_events_and_only_the_current_attempt_may_post(finetun
         assert await post(trainer.attempt.token) == 401
 
 
+async def test_the_first_post_and_the_last_are_written_however_soon_after_a_report(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path, jobs=JobSettings(**_fields(QUICK), callback_address="127.0.0.1:0")) as there:
+        job = await there.create()
+        trainer = await there.trainer(job)
+        at = there.running.callback_url + status_path(job.uid, 1)
+        await trainer.claims()
+        await trainer.says(phase=pb.JOB_PHASE_TRAINING)
+        for percent, counted in ((0, {"total_steps": 8}), (12, {"current_step": 1, "total_steps": 8}), (100, {})):
+            metrics = [{"name": name, "value": str(value)} for name, value in counted.items()]
+            said = {"progressPercentage": percent, "metrics": metrics}
+            assert await asyncio.to_thread(_post, at, trainer.attempt.token, said) == 200
+        events = (await there("ListFineTuneJobEvents", pb.ListFineTuneJobEventsRequest(parent=job.name))).events
+        shown = [(event.progress.step, event.progress.target_step) for event in events if event.WhichOneof("event") == "progress"]
+        assert shown[-2:] == [(0, 8), (100, 100)], shown
+
+
 def _fields(settings: JobSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in QUICK.__dataclass_fields__ if name != "callback_address"}
 
