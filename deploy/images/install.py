@@ -6,6 +6,7 @@
 PYTHON is the command of the interpreter that will run them, this one if none is given. PIP_FIND_LINKS may hold wheels that no index has.
 """
 
+import csv
 import os
 import shutil
 import subprocess
@@ -55,6 +56,16 @@ def strip(site: Path) -> None:
             shutil.rmtree(site / name, ignore_errors=True)
         for path in (site / "torch").rglob("*.pyi"):
             path.unlink()
+    for record in site.glob("*.dist-info/RECORD"):
+        recorded(record)
+
+
+def recorded(record: Path) -> None:
+    """Leave in a RECORD what is still there. Scripts name the interpreter that ran pip: their hashes would differ from place to place."""
+    with record.open(newline="") as file:
+        rows = [row for row in csv.reader(file) if (record.parents[1] / row[0]).exists()]
+    with record.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def code(source: Path, layer: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,10 +117,16 @@ def test_image_weights_read_only(node: Reach) -> None:
     assert seen["writes"] == ["Read-only file system"] * 3
 
 
-def test_a_layer_built_again_is_equal(tmp_path: Path) -> None:
-    """Beside the cache's, made at another time: packages from their index, bytecode, tar."""
+def test_a_layer_built_again_is_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the cache's, made at another time by an environment in another place: packages from their index, bytecode, tar."""
     kept = cache_directory(os.environ.get("ARGOSY_CACHE_DIR")) / "images"
     root = base(kept)
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "bin").mkdir(parents=True)
+    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", elsewhere)
+    (elsewhere / "bin" / "python").symlink_to(Path(sys.executable).resolve())
+    (elsewhere / "lib").symlink_to(Path(sys.prefix) / "lib")
+    monkeypatch.setattr(sys, "executable", str(elsewhere / "bin" / "python"))
     for again, known in (
         (lock_layer(tmp_path, "gateway", root), lock_layer(kept, "gateway", root)),
         (code_layer(tmp_path, root), code_layer(kept, root)),
