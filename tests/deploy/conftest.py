@@ -26,7 +26,7 @@ NEEDS: dict[int, Callable[[Toolbox], Any]] = {  # in a rising order: a tier need
     1: lambda tools: tools.control_plane,
     2: lambda tools: tools.node,
 }
-SETUP_SECONDS = 300  # of a test's time limit: the first of a session also starts the cluster
+SETUP_SECONDS = {1: 300, 2: 900, 3: 900}  # of a test's time limit: the first of a session also starts the cluster, and loads its images
 _toolbox = Toolbox()
 _missing: dict[int, str] = {}
 _skipped: Counter[int] = Counter()
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if (tier := _tier(item)) is not None:
             item.add_marker(f"tier{tier}")
             if tier and not item.get_closest_marker("timeout"):
-                item.add_marker(pytest.mark.timeout(SETUP_SECONDS))
+                item.add_marker(pytest.mark.timeout(SETUP_SECONDS[tier]))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -14,6 +14,7 @@ from tools.cluster.commands import CommandFailed
 from tools.cluster.processes import ClusterFailed, Process, Processes, wait_until
 
 ROOMS = range(16)  # how many nodes may live side by side on one machine
+SHORT_SECONDS = 60.0  # for a command that only sets something
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ class Room:
         """The command that runs `argv` inside. It forks: the real one is its child."""
         return ["nsenter", "--target", str(self.first.pid), "--net", "--mount", "--pid", "--", *argv]
 
-    def run(self, *argv: str | Path) -> str:
-        """Run a short command inside and return what it says.
+    def run(self, *argv: str | Path, seconds: float = SHORT_SECONDS) -> str:
+        """Run a command inside and return what it says.
 
         Raises:
-            ClusterFailed: it ended badly.
+            ClusterFailed: it ended badly, or not within `seconds`.
         """
-        return _run(*self.enter(argv))
+        return _run(*self.enter(argv), seconds=seconds)
 
 
 def build(processes: Processes, first: Path, kubelet_folder: Path) -> Room:
@@ -117,11 +118,14 @@ def _plug_in(first: Process) -> Addresses:
     raise ClusterFailed(f"no cable for a room: {refused}")
 
 
-def _run(*argv: str | Path) -> str:
+def _run(*argv: str | Path, seconds: float = SHORT_SECONDS) -> str:
+    line = " ".join(str(word) for word in argv)
     try:
-        done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, check=False, timeout=seconds)
     except OSError as error:
         raise CommandFailed(f"{argv[0]}: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise ClusterFailed(f"{line}: not done after {seconds:g} s") from error
     if done.returncode:
-        raise ClusterFailed(f"{' '.join(str(word) for word in argv)}: {done.stderr or done.stdout}")
+        raise ClusterFailed(f"{line}: {done.stderr or done.stdout}")
     return done.stdout

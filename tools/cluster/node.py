@@ -24,6 +24,7 @@ LABELS = {
 }
 SOCKET = "/run/containerd/containerd.sock"
 READY_SECONDS = 60.0
+IMPORT_SECONDS = 900.0  # of one archive: a gigabyte and more is unpacked, on a disk that others use
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAUSE = "localhost/pause:1"
 
@@ -75,7 +76,8 @@ class Node:
     def import_images(self, archives: list[Path]) -> None:
         """Load image archives; whatever is there already is left."""
         for archive in archives:
-            self.room.run(self.programs.ctr, "--address", SOCKET, "--namespace", "k8s.io", "images", "import", archive)
+            command = (self.programs.ctr, "--address", SOCKET, "--namespace", "k8s.io", "images", "import", archive)
+            self.room.run(*command, seconds=IMPORT_SECONDS)
 
     def images(self) -> dict[str, str]:
         """What is loaded: reference → digest of its manifest."""

@@ -38,7 +38,7 @@ async def until(condition: Callable[[], bool], seconds: float = 180) -> None:
             await asyncio.sleep(1)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 async def test_F30_certificate_rotation_drops_no_stream(installed: Installed, tmp_path: Path) -> None:
     """A certificate of the same authority takes the old one's place, under streams: every port shows it, and no stream notices."""
 

@@ -13,7 +13,7 @@ STREAMS = int(os.environ.get("ARGOSY_TEST_STREAMS", "16"))
 DRAINS = int(os.environ.get("ARGOSY_TEST_DRAINS", "1"))
 
 
-@pytest.mark.timeout(600 * DRAINS)
+@pytest.mark.timeout(900 * DRAINS)
 async def test_node_drain_drops_no_stream(installed: Installed) -> None:
     """There is one node, so it is opened again once the first replica has gone: the second may go when the first is replaced."""
     node = installed.node

@@ -21,7 +21,7 @@ def pods_of(installed: Installed, job: str) -> list[dict[str, Any]]:
     return items
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_job_end_to_end(installed: Installed) -> None:
     seen: list[finetune_pb2.JobEvent] = []
     jobs: list[dict[str, Any]] = []

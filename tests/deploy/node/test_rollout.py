@@ -12,7 +12,7 @@ STREAMS = int(os.environ.get("ARGOSY_TEST_STREAMS", "16"))
 ROLLOUTS = int(os.environ.get("ARGOSY_TEST_ROLLOUTS", "1"))  # of each kind
 
 
-@pytest.mark.timeout(600 * ROLLOUTS)
+@pytest.mark.timeout(900 * ROLLOUTS)
 @pytest.mark.parametrize("surge", [0, 1])
 async def test_rollout_drops_no_stream(installed: Installed, surge: int) -> None:
     async with installed.tenant() as client, streaming(client, STREAMS) as load:
@@ -29,7 +29,7 @@ async def test_rollout_drops_no_stream(installed: Installed, surge: int) -> None
     assert load.broken == [] and load.open == 0 and load.whole > STREAMS * ROLLOUTS
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 async def test_sigterm_finishes_generation(installed: Installed) -> None:
     """A pod that is deleted ends what it has begun, takes nothing new, and exits with 0."""
     name = sorted(installed.pods())[0]

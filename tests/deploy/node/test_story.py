@@ -22,7 +22,7 @@ def test_notes_verbatim(installed: Installed) -> None:
     assert MODEL in said
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_helm_test_makes_a_real_call(installed: Installed) -> None:
     said = installed.node.helm("test", RELEASE, "-n", installed.namespace, "--logs", "--timeout=180s", seconds=200)
     assert "Succeeded" in said
