@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -18,6 +19,9 @@ from tools.cluster.cluster import ROOT
 from tools.cluster.node import lacking
 from tools.cluster.packages import ToolMissing
 from tools.cluster.toolbox import Toolbox
+
+if TYPE_CHECKING:
+    from tests.deploy.node.installed import Installed
 
 HERE = Path(__file__).parent
 TIERS = {"render": 0, "control_plane": 1, "node": 2, "faults": 3}
@@ -149,3 +153,13 @@ def node(toolbox: Toolbox) -> Iterator[Reach]:
         return
     with _started(2, toolbox) as reach:
         yield reach
+
+
+@pytest.fixture(scope="session")
+def installed(node: Reach) -> "Iterator[Installed]":
+    """The platform, two replicas of a tiny model, and a way in: installed once for all tests of tiers 2 and 3 that use it."""
+    from tests.deploy.node.installed import install  # makes a model: rendering charts needs no torch
+
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="argosy-installed-"))
+        yield install(node, Path(folder), f"argosy-{uuid.uuid4().hex[:6]}", stack)
