@@ -166,6 +166,7 @@ def test_a_cost_limit_ends_the_view_and_says_how_to_go_on(rows):
         (("datasets", "redact", "rows/1"), "versions/9"),
         (("datasets", "delete", "rows"), "projects/p/deletions/d"),
         (("explain", "new chip"), "+0.500"),
+        (("nearest", "new chip", "-k", "2"), "+0.900"),
         (("plot", "0b7d"), "loss"),
         (("plot", "0b7d", "--metric", "validation_accuracy"), "validation_accuracy"),
     ],
@@ -179,6 +180,19 @@ def test_commands_show_and_print_json(arguments, shown):
         machine = run(fake, *arguments, "--json")
         assert machine.exit_code == 0, machine.output
         assert [json.loads(line) for line in machine.stdout.splitlines()] or arguments[0] == "datasets"
+
+
+def test_the_nearest_rows_are_shown_in_order_and_the_text_goes_whole():
+    with fake_gateway() as fake:
+        result = run(fake, "-m", "news/2", "nearest", "new chip", "--top", "2", "--json")
+        rows = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [(each["dataset_version"], each.get("row", "0")) for each in rows] == [
+            ("projects/p/datasets/rows/versions/1", "1"), ("projects/p/datasets/rows/versions/1", "0"),
+        ]  # fmt: skip
+        asked = fake.seen[-1]
+        assert (asked.text, asked.top_k, asked.model) == ("new chip", 2, "models/news/versions/2")
+        run(fake, "nearest", "new chip")
+        assert not fake.seen[-1].HasField("top_k"), "the service chooses"
 
 
 def test_a_candidate_that_is_not_better_is_exit_code_8():

@@ -370,6 +370,13 @@ class FakeTuning(
         reply.usage.passes = 3
         return reply
 
+    def FindNearestExamples(self, request: Any, context: grpc.ServicerContext) -> explanation_pb2.FindNearestExamplesResponse:
+        self._enter(request, context)
+        reply = explanation_pb2.FindNearestExamplesResponse()
+        for row in range(request.top_k or 10):
+            reply.examples.add(dataset_version="projects/p/datasets/rows/versions/1", row=1 - row % 2, similarity=0.9 - row / 100)
+        return reply
+
 
 SERVICES = (
     dataset_pb2_grpc.add_DatasetServiceServicer_to_server,

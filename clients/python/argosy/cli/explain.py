@@ -1,8 +1,9 @@
-"""`argosy explain`: what in a text speaks for its label."""
+"""`argosy explain` and `argosy nearest`: what in a text speaks for its label, and which training rows are most like it."""
 
 from typing import Annotated
 
 import typer
+from rich.table import Table
 from rich.text import Text
 
 from argosy.cli.session import app, chosen, err, fleet, out, show_json
@@ -33,6 +34,24 @@ def explain(
     faith = f" · faithfulness {told.faithfulness:.2f}" if told.HasField("faithfulness") else ""
     scores = f"log-probability {told.target_score:.3f}, with nothing {told.baseline_score:.3f}"
     err.print(f"{told.model.version} · {scores} · {told.usage.passes} passes{faith}", style="dim", soft_wrap=True)
+
+
+@app.command()
+def nearest(
+    text: Annotated[str, typer.Argument(help="the text")],
+    top: Annotated[int | None, typer.Option("--top", "-k", help="rows at most, 1 to 50; default: 10")] = None,
+) -> None:
+    """Which training rows of a tuned model are most like a text; the key needs `explain` and `datasets.content`."""
+    with fleet() as client:
+        found = client.nearest(text, top_k=top)
+    if chosen.json:
+        for each in found:
+            show_json(each)
+        return
+    table = Table("similarity", "dataset version", "row")
+    for each in found:
+        table.add_row(f"{each.similarity:+.3f}", each.dataset_version, f"{each.row:,}")
+    out.print(table, soft_wrap=True)
 
 
 def _coloured(text: str, told: explanation_pb2.ExplainResponse) -> Text:
