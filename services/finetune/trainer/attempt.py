@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import math
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -31,8 +30,9 @@ from services.finetune.trainer.control import (
     Refused,
     Unanswered,
     Warned,
+    failed,
 )
-from services.finetune.trainer.grants import Unusable
+from services.finetune.trainer.grants import Unusable, same_base
 from services.finetune.trainer.model import Base, BaseUnsupported, load
 from services.finetune.trainer.preference import PreferenceTrainer
 from services.finetune.trainer.privacy import GuardTripped, PrivateTrainer, canary
@@ -41,7 +41,6 @@ from services.finetune.trainer.reporting import INTERVAL_S, Reporter
 from services.finetune.trainer.rows import Prepared, prepare
 from services.finetune.trainer.spec import Method
 from services.finetune.trainer.train import Evaluation, Trainer
-from services.pretrained import weights
 from services.pretrained.fingerprint import fingerprint
 from services.pretrained.templates import load_template
 from services.pretrained.tokenizer import Tokenizer
@@ -85,36 +84,26 @@ class Attempt:
             return ended.code
         except Unusable as unusable:
             log.error("the run cannot succeed", extra={"reason": unusable.failure.reason, "rule": unusable.failure.rule})
-            return self._failed(unusable.failure)
+            return failed(self.control, unusable.failure)
         except BaseUnsupported:
-            return self._failed(Failure("INTERNAL", "base.unsupported"))
+            return failed(self.control, Failure("INTERNAL", "base.unsupported"))
         except GuardTripped as tripped:
-            return self._failed(Failure("PRIVACY_GUARD", tripped.rule))
+            return failed(self.control, Failure("PRIVACY_GUARD", tripped.rule))
         except Refused:
-            return self._failed(Failure("PRIVACY_GUARD", "privacy.ledger"))
+            return failed(self.control, Failure("PRIVACY_GUARD", "privacy.ledger"))
         except FloatingPointError:
-            return self._failed(Failure("DIVERGED"))
+            return failed(self.control, Failure("DIVERGED"))
         except (torch.OutOfMemoryError, MemoryError):
-            return self._failed(Failure("OUT_OF_MEMORY"))
+            return failed(self.control, Failure("OUT_OF_MEMORY"))
         except (Fenced, Unanswered, ObjectsUnavailable) as error:
             log.warning("gave up", extra={"failure": type(error).__name__})
             return LOST
-
-    def _failed(self, failure: Failure) -> int:
-        try:
-            self.control.fail(failure)
-        except (Fenced, Unanswered):
-            return LOST
-        return INPUT
 
     def _claimed(self, claim: Claim, reporter: Reporter) -> int:
         began = time.perf_counter()
         tokenizer = Tokenizer.from_directory(self.directory)
         template = load_template(self.directory, tokenizer, tokenizer.prefix)
-        with tempfile.TemporaryDirectory() as folder:
-            digest = weights.digest(self.directory, Path(folder))
-        if claim.base_digest and digest != claim.base_digest:
-            raise Unusable(Failure("BASE_CHANGED"))
+        digest = same_base(self.directory, claim)
         self._boundary(reporter)
         base = load(self.directory, self.device, claim.spec.gradient_checkpointing)
         prepared = prepare(self.objects, claim, Renderer.of(tokenizer, template, base.end_ids))

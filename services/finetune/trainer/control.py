@@ -28,6 +28,7 @@ __all__ = [
     "Unanswered",
     "Warned",
     "code_version",
+    "failed",
 ]
 
 DONE, INPUT, LOST, TERMINATED = 0, 65, 75, 143  # exit codes; they choose the retry, success is the control plane's word
@@ -191,3 +192,12 @@ class Control(Protocol):
     def stopped(self, step: int) -> None:
         """End because told to."""
         ...
+
+
+def failed(control: Control, failure: Failure) -> int:
+    """End the run for good; the exit code, which is another where nobody takes the word of this process any more."""
+    try:
+        control.fail(failure)
+    except (Fenced, Unanswered):
+        return LOST
+    return INPUT

@@ -1,15 +1,18 @@
 """Granted bytes as rows: digest first. What breaks a rule ends the run and names the line."""
 
 import hashlib
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from services.chassis.objects import ObjectMissing, SyncObjects
 from services.finetune import near_duplicates
 from services.finetune.rows import Row, read_rows
 from services.finetune.splits import split
 from services.finetune.trainer.control import Claim, Failure, Grant, Warned
+from services.pretrained import weights
 
-__all__ = ["Unusable", "divided", "granted", "near_overlap", "numbered"]
+__all__ = ["Unusable", "divided", "granted", "near_overlap", "numbered", "same_base"]
 
 
 class Unusable(Exception):
@@ -18,6 +21,15 @@ class Unusable(Exception):
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.reason)
         self.failure = failure
+
+
+def same_base(directory: Path, claim: Claim) -> str:
+    """The digest of the base's weights in `directory`. Raises Unusable where the job was planned for others."""
+    with tempfile.TemporaryDirectory() as folder:
+        digest = weights.digest(directory, Path(folder))
+    if claim.base_digest and digest != claim.base_digest:
+        raise Unusable(Failure("BASE_CHANGED"))
+    return digest
 
 
 def divided(objects: SyncObjects, claim: Claim) -> tuple[list[Row], list[Row]]:

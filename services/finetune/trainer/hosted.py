@@ -39,11 +39,11 @@ from services.finetune.trainer.control import (
     Refused,
     Report,
     Unanswered,
+    failed,
 )
-from services.finetune.trainer.grants import Unusable, divided, near_overlap
+from services.finetune.trainer.grants import Unusable, divided, near_overlap, same_base
 from services.finetune.trainer.parts import store
 from services.finetune.trainer.spec import Method
-from services.pretrained import weights
 from services.pretrained.fingerprint import fingerprint
 from services.pretrained.templates import load_template
 from services.pretrained.tokenizer import Tokenizer
@@ -111,20 +111,13 @@ class Hosted:
             with tempfile.TemporaryDirectory() as folder:
                 return self._claimed(self.control.claim(), Path(folder))
         except Unusable as unusable:
-            return self._failed(unusable.failure)
+            return failed(self.control, unusable.failure)
         except Misfit as misfit:
             log.error("the command's files are refused", extra={"rule": misfit.rule})
-            return self._failed(Failure("INTERNAL", f"hosted.{misfit.rule}"[:64]))
+            return failed(self.control, Failure("INTERNAL", f"hosted.{misfit.rule}"[:64]))
         except (Fenced, Unanswered, Refused, ObjectsUnavailable) as error:
             log.warning("gave up", extra={"failure": type(error).__name__})
             return LOST
-
-    def _failed(self, failure: Failure) -> int:
-        try:
-            self.control.fail(failure)
-        except (Fenced, Unanswered):
-            return LOST
-        return INPUT
 
     def _claimed(self, claim: Claim, folder: Path) -> int:
         began = time.monotonic()
@@ -132,9 +125,7 @@ class Hosted:
             raise Unusable(Failure("PRIVACY_GUARD", "hosted.private"))  # nobody here could vouch for its noise
         if claim.spec.lora is None:
             raise Unusable(Failure("DATA_INVALID", "spec.adapter"))
-        digest = weights.digest(self.directory, folder)
-        if claim.base_digest and digest != claim.base_digest:
-            raise Unusable(Failure("BASE_CHANGED"))
+        digest = same_base(self.directory, claim)
         train, held = divided(self.objects, claim)
         near = near_overlap(train, held) if held else None
         self.control.report(Report(phase="loading", warnings=(near,) if near is not None else ()))
