@@ -569,6 +569,15 @@ def frames(_: Any, __: str, event: EVENT) -> EVENT:
     return event
 
 
+_add_extra = structlog.stdlib.ExtraAdder()
+
+
+def extras(logger: Any, method: str, event: EVENT) -> EVENT:
+    """structlog processor: the `extra` of our own records; what other libraries hang on theirs may be content."""
+    record = event.get("_record")
+    return _add_extra(logger, method, event) if record is not None and record.name.startswith("services.") else event
+
+
 def trace_ids(_: Any, __: str, event: EVENT) -> EVENT:
     """structlog processor: which trace an event belongs to."""
     span = trace.get_current_span().get_span_context()
@@ -602,7 +611,7 @@ def configure_logs(level: str = "INFO", stream: TextIO | None = None) -> None:
     ]
     final: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, clean, one_line]
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final))
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=[extras, *shared], processors=final))
     handler.addFilter(_Unwanted())
     root = logging.getLogger()
     root.handlers[:] = [handler]

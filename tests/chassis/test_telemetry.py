@@ -335,6 +335,14 @@ def test_A21_secrets_and_content_are_not_logged(lines: Callable[[], list[dict[st
     assert CANARY not in json.dumps(lines())
 
 
+def test_a_record_keeps_its_extra_fields_and_other_libraries_theirs_out(lines: Callable[[], list[dict[str, Any]]]) -> None:
+    logging.getLogger("services.finetune.reconciler").warning("attempt lost", extra={"job": "j1", "why": "exit 137"})
+    logging.getLogger("elsewhere").warning("seen", extra={"body": "a prompt"})
+    ours, theirs = lines()
+    assert (ours["event"], ours["job"], ours["why"]) == ("attempt lost", "j1", "exit 137")
+    assert "body" not in theirs
+
+
 def test_A21_an_exception_is_logged_by_type_and_place(lines: Callable[[], list[dict[str, Any]]]) -> None:
     try:
         raise ValueError(CANARY)
