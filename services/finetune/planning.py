@@ -119,6 +119,15 @@ def quote(spec: pb.FineTuneSpec, base: Base, size: quotes.Plan, speed: quotes.Ra
     )
 
 
+def held(quote: pb.Quote, max_nanos: int | None, price: int, charged_nanos: int, charged_seconds: float) -> tuple[int, float]:
+    """What a job may still take at most, in nanos and seconds of the device: its quote's upper end or its limit, less the charges."""
+    nanos, seconds = quote.high_cost.nanos, quote.device_seconds.high
+    if max_nanos is not None:
+        nanos = min(nanos, max_nanos)
+        seconds = min(seconds, max_nanos / price) if price else seconds
+    return max(0, nanos - charged_nanos), max(0.0, seconds - charged_seconds)
+
+
 def affordable(who: Caller, nanos: int = 0, seconds: float = 0.0) -> None:
     """Return if the day's budget and device time, as the gateway knows them, leave room for work that costs at least this.
 

@@ -232,6 +232,13 @@ async def counts(connection: AsyncConnection, project_uid: str) -> tuple[int, in
     return (await connection.execute(alive)).scalar_one(), int((await connection.execute(recent)).scalar_one())
 
 
+async def starting(connection: AsyncConnection, project_uid: str) -> list[Record]:
+    """What jobs of a project that run or would start may take, and what of it they were charged."""
+    columns = (_j.key_id, _j.quote, _j.max_nanos, _j.nanos_per_second, _j.charged_nanos, _j.charged_seconds)
+    mine = (_j.project_uid == project_uid, _j.delete_time.is_(None), _j.state.in_(["QUEUED", "PREPARING", "RUNNING"]))
+    return list((await connection.execute(select(*columns).where(*mine))).mappings())
+
+
 async def spending(connection: AsyncConnection, project_uid: str, key_id: str = "") -> list[Record]:
     """Jobs of a project, or of one key of it, that run or would start, locked."""
     mine = [_j.project_uid == project_uid, _j.delete_time.is_(None), _j.state.in_(["QUEUED", "PREPARING", "RUNNING"])]

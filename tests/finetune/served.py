@@ -45,9 +45,10 @@ class Tenant:
     uid: str = field(default_factory=lambda: str(uuid4()))
     scopes: frozenset[str] = SCOPES
     limits: dict[str, int] = field(default_factory=dict)  # what the gateway says is left to the project
+    key_id: str = ""  # empty: another one each call
 
     def metadata(self) -> tuple[tuple[str, bytes], ...]:
-        caller = Caller(self.uid, self.project, str(uuid4()), self.scopes, str(uuid4()), "", **self.limits)
+        caller = Caller(self.uid, self.project, self.key_id or str(uuid4()), self.scopes, str(uuid4()), "", **self.limits)
         return ((CALLER_KEY, CallerSigner(KEY, "test").sign(caller, AUDIENCE, time.time())),)
 
     async def __call__(self, method: str, request: Any) -> Any:

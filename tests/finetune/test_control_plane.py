@@ -557,6 +557,36 @@ async def test_A28_a_job_over_what_is_left_is_refused_with_the_limit(finetune_ur
         assert await refused(there("ResumeFineTuneJob", pb.ResumeFineTuneJobRequest(name=job.name))) == "QUOTA_EXCEEDED"
 
 
+async def test_A28_jobs_that_begin_at_once_are_held_against_one_day(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        quote = (await there("CreateFineTuneJob", pb.CreateFineTuneJobRequest.FromString(_quoted(there.asked())))).quote
+        most = usage_pb2.Cost(currency_code="USD", nanos=2 * quote.low_cost.nanos)
+        assert most.nanos < quote.high_cost.nanos
+        there.tenant = replace(there.tenant, key_id=str(uuid4()), limits={"job_nanos_left": 2 * most.nanos + quote.low_cost.nanos - 1})
+        ended = await asyncio.gather(*(there.create(max_cost=most) for _ in range(5)), return_exceptions=True)
+        made = [each for each in ended if not isinstance(each, BaseException)]
+        refusals = [each for each in ended if isinstance(each, grpc.aio.AioRpcError)]
+        assert (len(made), len(refusals)) == (2, 3), ended
+        for error in refusals:
+            assert (info_of(error)["subject"], info_of(error)["limit"]) == ("cost_per_day", str(quote.low_cost.nanos - 1))
+        await there("CancelFineTuneJob", pb.CancelFineTuneJobRequest(name=made[0].name))
+        there.launcher.seen.clear()
+        await there.until(made[0], lambda found: found.state == Job.STATE_CANCELLED)
+        await there.create(max_cost=most)  # what rests holds nothing
+        there.tenant = replace(there.tenant, key_id=str(uuid4()))
+        await there.create(max_cost=most)  # another key's money is not judged by this one's
+
+
+async def test_A28_device_time_is_held_for_the_whole_project(finetune_url: str, base: Path, tmp_path: Path) -> None:
+    async with house(finetune_url, base, tmp_path) as there:
+        quote = (await there("CreateFineTuneJob", pb.CreateFineTuneJobRequest.FromString(_quoted(there.asked())))).quote
+        there.tenant.limits = {"job_seconds_left": int(quote.device_seconds.high)}
+        await there.create()  # each call of another key
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await there.create()
+        assert (info_of(error.value)["subject"], info_of(error.value)["limit"]) == ("gpu_seconds_per_day", "0")
+
+
 async def test_A29_a_project_over_its_day_has_its_jobs_paused(finetune_url: str, base: Path, tmp_path: Path) -> None:
     async with house(finetune_url, base, tmp_path, running_jobs_per_project=1) as there:
         job = await there.create()

@@ -98,3 +98,19 @@ def test_a_day_that_is_used_up_starts_nothing_even_for_free(left: dict[str, int]
 @pytest.mark.parametrize("warned", [Warned("early.stopped"), Warned("V7.label_not_in_train"), Warned("V9.too_long")])
 def test_what_a_trainer_warns_of_has_a_sentence(warned: Warned) -> None:
     assert events.warning(warned.rule, warned.line, warned.count).warning.message.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("limit", "price", "charged", "left"),
+    [
+        (None, 2, (0, 0.0), (100, 50.0)),
+        (None, 2, (30, 15.0), (70, 35.0)),
+        (40, 2, (30, 15.0), (10, 5.0)),  # its own limit is nearer
+        (400, 2, (0, 0.0), (100, 50.0)),
+        (None, 2, (120, 60.0), (0, 0.0)),  # over its quote: the charges tell of it
+        (40, 0, (0, 0.0), (40, 50.0)),  # free: money bounds no time
+    ],
+)
+def test_A28_a_job_holds_what_it_may_still_take(limit: int | None, price: int, charged: tuple[int, float], left: tuple[int, float]) -> None:
+    quote = pb.Quote(high_cost={"nanos": 100}, device_seconds={"low": 5.0, "high": 50.0})
+    assert planning.held(quote, limit, price, *charged) == left
