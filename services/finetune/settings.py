@@ -28,7 +28,7 @@ class JobSettings:
     # Words of a trainer of the operator's own, such as `python,-m,ours`: runs under our wrapper in place of our loop. Empty: our loop.
     trainer_command: tuple[str, ...] = ()
     callback_address: str = ""  # host:port that takes its live progress over HTTPS, with the listener's certificate; empty: none
-    callback_url: str = ""  # what its attempts post to, as https://host:port; empty: the address itself
+    callback_url: str = ""  # what its attempts post to, as https://host:port; empty: the address itself, for local attempts alone
     runs_dir: Path | None = None  # private folders of local attempts; None: under the cache
     # Data segment of a local attempt; None: unlimited.
     training_memory_bytes: int | None = field(default=None, metadata={"minimum": 1 << 26})
@@ -46,6 +46,8 @@ class JobSettings:
                 raise ValueError(f"attempts in a cluster need {missing}")
             if "=" in self.job_namespaces[0] or not all("=" in each for each in self.job_namespaces[1:]):
                 raise ValueError("ARGOSY_JOB_NAMESPACES is everybody's namespace, then `project uid=namespace` for those with their own")
+            if self.trainer_command and self.callback_address and not self.callback_url:
+                raise ValueError("ARGOSY_CALLBACK_ADDRESS is no address for pods: ARGOSY_CALLBACK_URL must say what they post to")
 
 
 @dataclass(frozen=True)

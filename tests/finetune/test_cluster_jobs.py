@@ -262,6 +262,11 @@ async def test_a_review_that_cannot_be_had_is_no_verdict(cluster: Kubernetes) ->
         ({}, "ARGOSY_JOB_NAMESPACES, ARGOSY_POD_TEMPLATES, ARGOSY_TRAINING_ADDRESS"),
         ({"job_namespaces": ("a", "b"), "pod_templates": Path("x"), "training_address": "x:1"}, "everybody's namespace"),
         ({"job_namespaces": ("p=a",), "pod_templates": Path("x"), "training_address": "x:1"}, "everybody's namespace"),
+        (
+            {"job_namespaces": ("a",), "pod_templates": Path("x"), "training_address": "x:1"}
+            | {"trainer_command": ("python",), "callback_address": "0.0.0.0:8602"},
+            "ARGOSY_CALLBACK_URL must say",
+        ),
     ],
 )
 def test_a_cluster_needs_its_settings(changed: dict[str, Any], said: str) -> None:
