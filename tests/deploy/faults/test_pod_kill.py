@@ -9,6 +9,7 @@ import pytest
 import argosy
 from argosy import AsyncClient
 from argosy.errors import StreamLost
+from services.gateway.replicas import label
 from tests.deploy.node.installed import Installed
 from tests.deploy.node.load import TOKENS
 from tools.cluster.node import SOCKET
@@ -55,7 +56,7 @@ def kill(installed: Installed, container: str) -> None:
 def returns(installed: Installed, uid: str) -> int:
     """How often a gateway has said that it can use the replica in the pod of this uid."""
     said = ("logs", "-n", installed.namespace, "-l", "app.kubernetes.io/component=gateway", "--tail=-1")
-    return sum(f"replica {uid[:8]} serves" in line for line in installed.node.kubectl(*said).splitlines())
+    return sum(f"replica {label(uid)} serves" in line for line in installed.node.kubectl(*said).splitlines())
 
 
 @pytest.mark.timeout(900)
