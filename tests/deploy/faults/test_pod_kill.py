@@ -15,7 +15,7 @@ from tests.deploy.node.load import TOKENS
 from tools.cluster.node import SOCKET
 from tools.cluster.processes import wait_until
 
-STREAMS = 12
+STREAMS = 32  # so many that a gateway which prefers one replica for its cached prefix uses the other too
 BACK_SECONDS = 300
 
 
