@@ -5,7 +5,9 @@ It reads and makes the spec's message, since that is what is kept, signed and sh
 
 import math
 import secrets
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
 
 from argosy.v1 import finetune_pb2 as pb
 from services.chassis.errors import FieldInvalid, FieldOutOfRange, ModelCapability, QuotaExceeded
@@ -126,6 +128,22 @@ def held(quote: pb.Quote, max_nanos: int | None, price: int, charged_nanos: int,
         nanos = min(nanos, max_nanos)
         seconds = min(seconds, max_nanos / price) if price else seconds
     return max(0, nanos - charged_nanos), max(0.0, seconds - charged_seconds)
+
+
+def less_begun(who: Caller, begun: Iterable[Mapping[str, Any]]) -> Caller:
+    """The caller, with less left of the day by what jobs that were begun (`sql_jobs.begun`) may still take: no charge tells of it yet."""
+    nanos, seconds = 0, 0.0
+    for row in begun:
+        quoted = pb.Quote.FromString(row["quote"])
+        most = held(quoted, row["max_nanos"], row["nanos_per_second"], row["charged_nanos"], row["charged_seconds"])
+        # What is left in money may be the key's alone, so that another key's jobs do not count in it; seconds are the project's.
+        nanos += most[0] if row["key_id"] == who.key_id else 0
+        seconds += most[1]
+    return replace(
+        who,
+        job_nanos_left=None if who.job_nanos_left is None else max(0, who.job_nanos_left - nanos),
+        job_seconds_left=None if who.job_seconds_left is None else max(0, math.floor(who.job_seconds_left - seconds)),
+    )
 
 
 def affordable(who: Caller, nanos: int = 0, seconds: float = 0.0) -> None:

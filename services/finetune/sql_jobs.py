@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import and_, case, delete, func, insert, or_, select, text, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, insert, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -232,17 +232,20 @@ async def counts(connection: AsyncConnection, project_uid: str) -> tuple[int, in
     return (await connection.execute(alive)).scalar_one(), int((await connection.execute(recent)).scalar_one())
 
 
-async def starting(connection: AsyncConnection, project_uid: str) -> list[Record]:
+def _spends(project_uid: str) -> tuple[ColumnElement[bool], ...]:
+    """A project's jobs that run or would start."""
+    return _j.project_uid == project_uid, _j.delete_time.is_(None), _j.state.in_(["QUEUED", "PREPARING", "RUNNING"])
+
+
+async def begun(connection: AsyncConnection, project_uid: str) -> list[Record]:
     """What jobs of a project that run or would start may take, and what of it they were charged."""
     columns = (_j.key_id, _j.quote, _j.max_nanos, _j.nanos_per_second, _j.charged_nanos, _j.charged_seconds)
-    mine = (_j.project_uid == project_uid, _j.delete_time.is_(None), _j.state.in_(["QUEUED", "PREPARING", "RUNNING"]))
-    return list((await connection.execute(select(*columns).where(*mine))).mappings())
+    return list((await connection.execute(select(*columns).where(*_spends(project_uid)))).mappings())
 
 
 async def spending(connection: AsyncConnection, project_uid: str, key_id: str = "") -> list[Record]:
     """Jobs of a project, or of one key of it, that run or would start, locked."""
-    mine = [_j.project_uid == project_uid, _j.delete_time.is_(None), _j.state.in_(["QUEUED", "PREPARING", "RUNNING"])]
-    statement = select(jobs).where(*mine, *([_j.key_id == key_id] if key_id else []))
+    statement = select(jobs).where(*_spends(project_uid), *([_j.key_id == key_id] if key_id else []))
     return list((await connection.execute(statement.order_by(_j.uid).with_for_update())).mappings())
 
 

@@ -2,10 +2,8 @@
 
 import asyncio
 import hashlib
-import math
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -213,26 +211,10 @@ class FineTuneServicer:
             raise QuotaExceeded("jobs")
         if quotas.training_tokens_per_day and recent + tokens > quotas.training_tokens_per_day:
             raise QuotaExceeded("training_tokens_per_day")
-        await self._within_day(connection, pb.Quote.FromString(values["quote"]))
-
-    async def _within_day(self, connection: AsyncConnection, quote: pb.Quote) -> None:
-        """Hold against the day what jobs that were begun may still take: no charge tells of it yet."""
-        who, nanos, seconds = caller(), 0, 0.0
-        if who.job_nanos_left is None and who.job_seconds_left is None:
-            return
-        for row in await sql_jobs.starting(connection, who.project_uid):
-            most = planning.held(
-                pb.Quote.FromString(row["quote"]), row["max_nanos"], row["nanos_per_second"], row["charged_nanos"], row["charged_seconds"]
-            )
-            # What is left in money may be the key's alone, so that another key's jobs do not count in it; seconds are the project's.
-            nanos += most[0] if row["key_id"] == who.key_id else 0
-            seconds += most[1]
-        left = replace(
-            who,
-            job_nanos_left=None if who.job_nanos_left is None else max(0, who.job_nanos_left - nanos),
-            job_seconds_left=None if who.job_seconds_left is None else max(0, math.floor(who.job_seconds_left - seconds)),
-        )
-        planning.affordable(left, quote.low_cost.nanos, quote.device_seconds.low)
+        who, quote = caller(), pb.Quote.FromString(values["quote"])
+        if who.job_nanos_left is not None or who.job_seconds_left is not None:
+            left = planning.less_begun(who, await sql_jobs.begun(connection, who.project_uid))
+            planning.affordable(left, quote.low_cost.nanos, quote.device_seconds.low)
 
     # --- read ---------------------------------------------------------------------------------------------------------------------------
 
